@@ -1,0 +1,47 @@
+# Every target sets up what it needs: `make compare` or `make test` alone suffices after cloning.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help setup compare test lint format clean
+
+help:
+	@echo "make compare   measure exact attention by several methods on this machine (table and HTML report)"
+	@echo "make test      lint and test"
+	@echo "make lint      ruff, pyright, import-linter"
+	@echo "make format    rewrite the sources in the project's style"
+	@echo "make setup     create $(VENV) with everything; the targets above do so when needed"
+	@echo "make clean     remove $(VENV) and caches"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "tilewise needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group dev
+	@touch $@
+
+compare: $(STAMP)
+	@$(BIN)/tilewise compare
+
+test: lint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto
+
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

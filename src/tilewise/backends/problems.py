@@ -1,0 +1,236 @@
+"""Cut a call into dense problems, and a problem into query tiles with the keys that each may see.
+
+Shared by the PyTorch backends. A packed batch becomes one problem a sequence, per-sequence offsets one a batch row, and
+a mask that differs per batch or head one each; everything else is one problem. The keys that a query tile visits come
+from the tile map of all restrictions together (causal, window and mask are one mask value here); tiles that see nothing
+never appear.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewise.backends.base import Operands
+from tilewise.masks import TILE, Causal, Mask, TileMap, Window, tile_map
+from tilewise.masks.tensors import unpack
+from tilewise.spec import AttentionSpec
+
+EVERYTHING = slice(None)
+
+
+class Problem(NamedTuple):
+    """A dense piece of a call with one geometry: the whole batch, one sequence or head of it, or one packed sequence.
+
+    The tensors are views of the call's operands; `batch`, `heads`, `kv_heads`, `rows` and `keys` say where they lie.
+    Row i of the piece has position `i + offset`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    offset: int
+    heads: slice
+    kv_heads: slice
+    indices: range
+    """The batch or sequence numbers that dropout, biases and per-sequence slopes go by."""
+    batch: slice = EVERYTHING
+    rows: slice = EVERYTHING
+    keys: slice = EVERYTHING
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The part of a [B, H, N, ...] tensor of the whole call that belongs to this problem's rows."""
+        return x[self.batch, self.heads, self.rows]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """The part of a [B, Hkv, M, ...] tensor of the whole call that belongs to this problem's keys."""
+        return x[self.batch, self.kv_heads, self.keys]
+
+    def at_batch(self, b: int) -> Problem:
+        part = slice(b, b + 1)
+        return self._replace(q=self.q[part], k=self.k[part], v=self.v[part], batch=part, indices=range(b, b + 1))
+
+    def at_head(self, h: int, group: int) -> Problem:
+        head, kv_head = slice(h, h + 1), slice(h // group, h // group + 1)
+        tensors = self.q[:, head], self.k[:, kv_head], self.v[:, kv_head]
+        return self._replace(q=tensors[0], k=tensors[1], v=tensors[2], heads=head, kv_heads=kv_head)
+
+
+class Visit(NamedTuple):
+    """Consecutive keys that a query tile visits: all of them visible, or those of one bit tile."""
+
+    keys: range
+    bits: int | None = None
+
+
+class RowTiles(NamedTuple):
+    """The rows of a tile map that belong to one problem."""
+
+    tile_map: TileMap
+    first: int
+
+    def visits(self, tile: int, m: int) -> list[Visit]:
+        """What query tile number `tile` visits, in the order of the keys."""
+        t, r = self.tile_map, self.first + tile
+        runs = range(t.run_ptr[r], t.run_ptr[r + 1])
+        parts = range(t.part_ptr[r], t.part_ptr[r + 1])
+        found = [Visit(range(int(t.run_start[e]) * TILE, int(t.run_stop[e]) * TILE)) for e in runs]
+        for e in parts:
+            start = int(t.part_col[e]) * TILE
+            found.append(Visit(range(start, min(start + TILE, m)), int(t.part_id[e])))
+        return sorted(found, key=lambda visit: visit.keys.start)
+
+
+class Chunk(NamedTuple):
+    """Visits computed at once. `signature` names the mask: equal signatures have equal masks; None needs none."""
+
+    pieces: tuple[range, ...]
+    signature: tuple[Visit, ...] | None = None
+
+    @property
+    def width(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+
+def chunks(visits: Iterable[Visit], limit: int, *, contiguous: bool) -> Iterator[Chunk]:
+    """Group visits into chunks of at most `limit` keys where that saves calls.
+
+    A long run of full tiles stands alone, so that it needs no mask. `contiguous` allows only chunks that are one range.
+    """
+    pending: list[Visit] = []
+    width = 0
+    for visit in visits:
+        if visit.bits is None and len(visit.keys) > limit // 2:
+            if pending:
+                yield _chunk(pending)
+            pending, width = [], 0
+            for start in range(visit.keys.start, visit.keys.stop, limit):
+                yield Chunk((range(start, min(start + limit, visit.keys.stop)),))
+            continue
+        gap = bool(pending) and pending[-1].keys.stop != visit.keys.start
+        if pending and (width + len(visit.keys) > limit or (contiguous and gap)):
+            yield _chunk(pending)
+            pending, width = [], 0
+        pending.append(visit)
+        width += len(visit.keys)
+    if pending:
+        yield _chunk(pending)
+
+
+def _chunk(visits: list[Visit]) -> Chunk:
+    pieces: list[range] = []
+    for visit in visits:
+        if pieces and pieces[-1].stop == visit.keys.start:
+            pieces[-1] = range(pieces[-1].start, visit.keys.stop)
+        else:
+            pieces.append(visit.keys)
+    if all(visit.bits is None for visit in visits):
+        return Chunk(tuple(pieces))
+    return Chunk(tuple(pieces), tuple(Visit(range(len(visit.keys)), visit.bits) for visit in visits))
+
+
+class ChunkMasks:
+    """The masks of chunks, [TILE, width], unpacked once for each distinct signature."""
+
+    def __init__(self, tile_map: TileMap, device: torch.device) -> None:
+        self._tile_map = tile_map
+        self._device = device
+        self._allowed: dict[tuple[Visit, ...], Tensor] = {}
+        self._additive: dict[tuple[Visit, ...], Tensor] = {}
+
+    def allowed(self, signature: tuple[Visit, ...]) -> Tensor:
+        """bool, True = visible."""
+        if signature not in self._allowed:
+            _make_room(self._allowed)
+            parts = [self._tile(visit) for visit in signature]
+            self._allowed[signature] = torch.cat(parts, dim=1).to(self._device)
+        return self._allowed[signature]
+
+    def additive(self, signature: tuple[Visit, ...], dtype: torch.dtype) -> Tensor:
+        """0 where visible, −∞ elsewhere; one dtype for the lifetime of this object."""
+        if signature not in self._additive:
+            _make_room(self._additive)
+            allowed = self.allowed(signature)
+            zeros = torch.zeros(allowed.shape, dtype=dtype, device=self._device)
+            self._additive[signature] = zeros.masked_fill_(~allowed, float("-inf"))
+        return self._additive[signature]
+
+    def _tile(self, visit: Visit) -> Tensor:
+        if visit.bits is None:
+            return torch.ones(TILE, len(visit.keys), dtype=torch.bool)
+        words = torch.from_numpy(self._tile_map.bits[visit.bits].astype("int64"))
+        return ((words[:, :, None] >> torch.arange(32)) & 1).bool().flatten(1)[:, : len(visit.keys)]
+
+
+def _make_room(cache: dict[tuple[Visit, ...], Tensor]) -> None:
+    """Structured masks have a handful of signatures; unstructured ones would fill memory."""
+    if len(cache) >= 16:
+        cache.clear()
+
+
+def restriction(operands: Operands, spec: AttentionSpec) -> Mask | None:
+    """Causal, window and mask of the call as one mask value, or None when every key is visible."""
+    parts: list[Mask] = []
+    if spec.causal:
+        parts.append(Causal())
+    if spec.windowed:
+        parts.append(Window(*spec.window))
+    if spec.mask is not None:
+        parts.append(unpack(spec.mask, operands.mask_tensors))
+    return reduce(operator.and_, parts) if parts else None
+
+
+def sequences(operands: Operands, spec: AttentionSpec) -> Iterator[Problem]:
+    """The problems of a call as far as its geometry goes: one, one a batch row, or one a packed sequence."""
+    q, k, v = operands.q, operands.k, operands.v
+    heads, kv_heads = slice(0, spec.heads), slice(0, spec.kv_heads)
+    offsets = None if operands.q_offset is None else operands.q_offset.tolist()
+    fixed = spec.q_offset if isinstance(spec.q_offset, int) else None
+    if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:
+        starts_q, starts_k = operands.cu_seqlens_q.tolist(), operands.cu_seqlens_k.tolist()
+        for s in range(spec.batch):
+            rows, keys = slice(starts_q[s], starts_q[s + 1]), slice(starts_k[s], starts_k[s + 1])
+            aligned = (keys.stop - keys.start) - (rows.stop - rows.start)
+            offset = offsets[s] if offsets is not None else aligned if fixed is None else fixed
+            parts = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            yield Problem(*parts, offset, heads, kv_heads, range(s, s + 1), rows=rows, keys=keys)
+        return
+    offset = spec.k_len - spec.q_len if fixed is None else fixed
+    whole = Problem(q, k, v, offset, heads, kv_heads, range(spec.batch))
+    if offsets is None:
+        yield whole
+        return
+    for b in range(spec.batch):
+        yield whole.at_batch(b)._replace(offset=offsets[b])
+
+
+def tiled_problems(operands: Operands, spec: AttentionSpec) -> Iterator[tuple[Problem, RowTiles | None]]:
+    """Every problem of the call with its rows of the tile map; None where all keys are visible."""
+    mask = restriction(operands, spec)
+    for whole in sequences(operands, spec):
+        n, m = whole.q.shape[2], whole.k.shape[2]
+        if n == 0 or m == 0 or mask is None:
+            yield whole, None
+            continue
+        tiles = tile_map(mask, n, m, offset=whole.offset, heads=spec.heads)
+        alone = tiles.batch == 1 or len(whole.indices) == 1
+        for problem in [whole] if alone else [whole.at_batch(b) for b in whole.indices]:
+            first = min(problem.indices.start, tiles.batch - 1) * tiles.heads * tiles.q_tiles
+            if tiles.heads == 1:
+                yield problem, RowTiles(tiles, first)
+                continue
+            for h in range(spec.heads):
+                yield problem.at_head(h, spec.group), RowTiles(tiles, first + h * tiles.q_tiles)
+
+
+def allowed_pairs(problem: Problem, mask: Mask, spec: AttentionSpec) -> Tensor:
+    """The whole boolean matrix of a problem, [1|B, 1|H, n, m]: for backends that hold N×M anyway."""
+    n, m = problem.q.shape[2], problem.k.shape[2]
+    matrix = torch.from_numpy(mask.to_dense(n, m, offset=problem.offset, heads=spec.heads)).to(problem.q.device)
+    matrix = matrix.reshape((1,) * (4 - matrix.dim()) + matrix.shape)
+    return matrix if matrix.shape[0] in (1, len(problem.indices)) else matrix[problem.indices.start :][:1]

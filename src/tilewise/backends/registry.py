@@ -1,0 +1,52 @@
+"""Which implementation stands behind each (op, backend)."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from tilewise.backends.base import Backend, Needs, Operands
+from tilewise.backends.sdpa import SDPA
+from tilewise.backends.standard import STANDARD
+from tilewise.backends.tiled import TILED
+from tilewise.spec import AttentionSpec
+
+
+class Absent:
+    """A backend that is known by name but not part of this version: it can always say so, and never runs."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self._reason = reason
+
+    def why_not(self, spec: AttentionSpec) -> str:
+        return self._reason
+
+    def configure(self, spec: AttentionSpec) -> NoReturn:
+        raise AssertionError(f"{self.name} was chosen for {spec} although it cannot run: {self._reason}")
+
+    def forward(self, operands: Operands, spec: AttentionSpec, config: Any) -> NoReturn:
+        self.configure(spec)
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        operands: Operands,
+        out: Tensor,
+        lse: Tensor,
+        spec: AttentionSpec,
+        config: Any,
+        needs: Needs,
+    ) -> NoReturn:
+        self.configure(spec)
+
+
+REGISTRY: dict[tuple[str, str], Backend] = {
+    ("attention", "hopper"): Absent("hopper", "its kernels for sm_90 are not part of this version"),
+    ("attention", "triton"): Absent("triton", "its kernels are not part of this version"),
+    ("attention", "tiled"): TILED,
+    ("attention", "sdpa"): SDPA,
+    ("attention", "standard"): STANDARD,
+}

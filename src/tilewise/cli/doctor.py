@@ -1,0 +1,260 @@
+"""`tilewise doctor`: what works on this machine and what does not, with the reason and the fix.
+
+Every probe runs on its own: whatever one of them raises becomes its finding, and the others still run.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tilewise.cli import FAILED, OK
+from tilewise.cli.output import console, json_option, print_json
+
+GOOD, ABSENT, BROKEN = "ok", "not here", "broken"
+"""A finding's status. Only "broken" makes the exit code 1: what a machine lacks is not an error."""
+
+OLDEST_TORCH = (2, 11)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one probe found; `fix` is what to do about it, if anything."""
+
+    subject: str
+    status: str
+    detail: str
+    fix: str = ""
+
+
+@click.command(short_help="What works here and what does not, with the reason and the fix.")
+@json_option
+def doctor(as_json: bool) -> int:
+    """Check Python, PyTorch, GPU, Triton and every backend, each with a small numeric self-test.
+
+    Exits with 1 if something is broken; what is merely absent is fine.
+    """
+    findings = examine()
+    broken = any(finding.status == BROKEN for finding in findings)
+    if as_json:
+        print_json({"ok": not broken, "findings": [asdict(finding) for finding in findings]})
+    else:
+        _print(findings)
+    return FAILED if broken else OK
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order in which one thing builds on another."""
+    findings = [
+        _probe("Python", _python),
+        _probe("PyTorch", _torch),
+        _probe("CUDA", _cuda),
+        _probe("driver", _driver),
+        _probe("GPU", _gpu),
+        _probe("NumPy", lambda: Finding("NumPy", GOOD, _version("numpy"))),
+        _probe("Triton", _triton),
+    ]
+    try:
+        from tilewise.backends.base import BACKEND_NAMES
+        from tilewise.ops.dense import explain as _loads
+    except Exception as problem:  # noqa: BLE001 - a broken installation is this command's subject; it is reported
+        fix = "reinstall PyTorch and tilewise"
+        return [*findings, Finding("backends", BROKEN, f"import failed: {_one_line(problem)}", fix)]
+    del _loads
+    findings += [_probe(f"backend {name}", lambda name=name: _backend(name)) for name in BACKEND_NAMES]
+    extras = _extras()
+    return findings + [_probe(f"extra {name}", lambda name=name: _extra(name, extras[name])) for name in extras]
+
+
+def _probe(subject: str, probe: Callable[[], Finding]) -> Finding:
+    try:
+        return probe()
+    except Exception as problem:  # noqa: BLE001 - anything may be broken here, and is the finding
+        return Finding(subject, BROKEN, _one_line(problem), "reinstall it, or report this line")
+
+
+def _one_line(problem: Exception) -> str:
+    first = str(problem).strip().splitlines()[:1]
+    return f"{type(problem).__name__}: {first[0]}" if first else type(problem).__name__
+
+
+def _version(distribution: str) -> str:
+    return version(distribution)
+
+
+def _python() -> Finding:
+    return Finding("Python", GOOD, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _torch() -> Finding:
+    import torch
+
+    found = str(torch.__version__)
+    numbers = tuple(int(part) for part in found.split(".")[:2])
+    if numbers < OLDEST_TORCH:
+        return Finding("PyTorch", BROKEN, found, f"install torch>={'.'.join(map(str, OLDEST_TORCH))}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Finding("PyTorch", GOOD, f"{found}, {torch.get_num_threads()} threads, CPU kernels for {capability}")
+
+
+def _cuda() -> Finding:
+    import torch
+
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    if not (torch.version.cuda or torch.version.hip):
+        return Finding("CUDA", ABSENT, "this PyTorch is built for CPUs only", "for a GPU, install a CUDA build of it")
+    if not torch.cuda.is_available():
+        return Finding("CUDA", ABSENT, f"built for {built}, but no GPU is usable", "check the driver (next lines)")
+    return Finding("CUDA", GOOD, f"built for {built}")
+
+
+def _driver() -> Finding:
+    told = Path("/proc/driver/nvidia/version")
+    if not told.exists():
+        return Finding("driver", ABSENT, "no NVIDIA driver is loaded", "for an NVIDIA GPU, install its driver")
+    return Finding(
+        "driver", GOOD, told.read_text(encoding="utf-8").splitlines()[0].removeprefix("NVRM version:").strip()
+    )
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", ABSENT, "none that PyTorch can use", "none needed: the CPU backends do everything")
+    cards: list[str] = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        memory = card.total_memory / 2**30
+        cards.append(f"{card.name}, compute capability {card.major}.{card.minor}, {memory:.0f} GiB")
+    return Finding("GPU", GOOD, "; ".join(cards))
+
+
+def _triton() -> Finding:
+    try:
+        found = _version("triton")
+    except PackageNotFoundError:
+        fix = "pip install triton" if platform.system() == "Linux" else "Triton exists for Linux only"
+        return Finding("Triton", ABSENT, "not installed", fix)
+    import triton
+
+    return Finding("Triton", GOOD, f"{found} from {triton.__name__}" if found != triton.__version__ else found)
+
+
+def _extras() -> dict[str, list[str]]:
+    """What each extra installs, as the installed tilewise declares it; empty where it only lies on the path."""
+    extras: dict[str, list[str]] = {}
+    try:
+        declared = requires("tilewise") or []
+    except PackageNotFoundError:
+        return {}
+    for line in declared:
+        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
+        if found and found[1] != "tilewise":
+            extras.setdefault(found[2], []).append(found[1])
+    return extras
+
+
+def _extra(name: str, distributions: list[str]) -> Finding:
+    present: list[str] = []
+    missing: list[str] = []
+    for distribution in distributions:
+        try:
+            present.append(f"{distribution} {version(distribution)}")
+        except PackageNotFoundError:
+            missing.append(distribution)
+    if missing:
+        return Finding(f"extra {name}", ABSENT, f"lacks {', '.join(missing)}", f"pip install 'tilewise[{name}]'")
+    return Finding(f"extra {name}", GOOD, ", ".join(present))
+
+
+def _backend(name: str) -> Finding:
+    """Usable or not on each device there is, with the numbers of the self-test."""
+    import torch
+
+    import tilewise
+
+    subject = f"backend {name}"
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    told: list[str] = []
+    refusals: list[str] = []
+    for device in devices:
+        case = _self_test_case(device)
+        auto = tilewise.explain(*case, causal=True)
+        if name in auto.rejected and not _serves(case, name):
+            refusals.append(auto.rejected[name])
+            continue
+        error, allowed, gradient = _self_test(case, name)
+        numbers = f"{device.type}: error {error:.1e} of {allowed:.1e} allowed, gradients {gradient:.1e} of 1.0e-04"
+        if not (error <= allowed and gradient <= 1e-4):
+            return Finding(subject, BROKEN, f"wrong result on {numbers}", "report this line, with your PyTorch version")
+        told.append(f"self-test on {numbers}")
+    if not told:
+        return Finding(subject, ABSENT, "; ".join(refusals), f"none needed: auto uses {auto.backend}")
+    return Finding(subject, GOOD, "; ".join(told))
+
+
+def _self_test_case(device: Any) -> Any:
+    """q [2, 4, 65, 40], k and v [2, 4, 113, 40]: lengths that fill no tile, float32."""
+    import torch
+
+    from tilewise.bench.inputs import Inputs
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 65, 40), (2, 4, 113, 40), (2, 4, 113, 40))
+    return Inputs(*(torch.randn(shape, generator=generator).to(device) for shape in shapes))
+
+
+def _serves(case: Any, name: str) -> bool:
+    import tilewise
+    from tilewise.errors import UnsupportedError
+
+    try:
+        tilewise.explain(*case, causal=True, backend=name)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _self_test(case: Any, name: str) -> tuple[float, float, float]:
+    """The forward error and its budget, and the largest gradient error as a share of the largest gradient.
+
+    The gradients' limit of 1e-4 is far above float32 rounding at this size and far below what any mistake makes.
+    """
+    import torch
+
+    import tilewise
+    from tilewise.bench.exactness import exact_and_budget, largest_error
+    from tilewise.reference.standard import standard_attention
+
+    exact, allowed = exact_and_budget(case, causal=True)
+    leaves = [tensor.clone().requires_grad_() for tensor in case]
+    out = tilewise.attention(*leaves, causal=True, layout="bhsd", backend=name)
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    wide = [tensor.double().requires_grad_() for tensor in case]
+    wanted = torch.autograd.grad(standard_attention(*wide, causal=True).out.sum(), wide)
+    shares = [largest_error(got, want) / want.abs().max().item() for got, want in zip(gradients, wanted, strict=True)]
+    return largest_error(out.detach(), exact), allowed, max(shares)
+
+
+def _print(findings: list[Finding]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    styles = {GOOD: "green", ABSENT: "dim", BROKEN: "bold red"}
+    for finding in findings:
+        table.add_row(finding.subject, Text(finding.status, style=styles[finding.status]), Text(finding.detail))
+        if finding.fix:
+            table.add_row("", "", Text(f"fix: {finding.fix}", style="dim"))
+    console().print(table)

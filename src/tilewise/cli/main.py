@@ -1,0 +1,68 @@
+"""The `tilewise` command: finds the verb, runs it, and turns what went wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+import tilewise
+from tilewise.cli import BAD_USAGE, FAILED, INTERRUPTED, OK
+
+VERBS = {
+    "compare": "Exact attention by every method this machine can run: error, time, memory.",
+    "doctor": "What works here and what does not, with the reason and the fix.",
+    "explain": "Which backend a problem gets, and why not each other one.",
+    "mask": "Draw a mask: its tiles and the work they save.",
+}
+"""A verb's module in this package holds a click command of the same name; help comes from here without importing it."""
+
+
+class _LazyGroup(click.Group):
+    """Imports a verb when it is used, so that `tilewise --help` needs neither torch nor numpy."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        return getattr(import_module(f"tilewise.cli.{cmd_name}"), cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(tilewise.__version__, prog_name="tilewise")
+def cli() -> None:
+    """Exact and sub-quadratic attention: compare it, explain it, check it.
+
+    Every command has --json. Exit codes: 0 done, 1 a check failed, 2 bad usage.
+    """
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Runs one command line; returns its exit code. A verb finds the arguments in its context as `obj`."""
+    try:
+        return cli.main(args=list(arguments), prog_name="tilewise", standalone_mode=False, obj=arguments) or OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return BAD_USAGE
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "tilewise"
+        click.echo(f"{where}: {error.format_message()}", err=True)
+        return BAD_USAGE
+    except click.ClickException as error:
+        click.echo(f"tilewise: {error.format_message()}", err=True)
+        return FAILED
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("tilewise: interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has left. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED

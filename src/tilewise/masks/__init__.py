@@ -1,0 +1,45 @@
+"""Masks as values that compile to tile maps. See docs/masks.md; nothing here imports torch until a device is named."""
+
+from tilewise.masks.algebra import And, Mask, Not, Or, PerHead
+from tilewise.masks.compiler import tile_map
+from tilewise.masks.coverage import TILE
+from tilewise.masks.patterns import (
+    BigBird,
+    Causal,
+    Dense,
+    Dilated,
+    Documents,
+    Global,
+    Longformer,
+    Prefix,
+    Random,
+    RandomTokens,
+    Strided,
+    Tree,
+    Window,
+)
+from tilewise.masks.tilemap import TileMap
+
+__all__ = [
+    "TILE",
+    "And",
+    "BigBird",
+    "Causal",
+    "Dense",
+    "Dilated",
+    "Documents",
+    "Global",
+    "Longformer",
+    "Mask",
+    "Not",
+    "Or",
+    "PerHead",
+    "Prefix",
+    "Random",
+    "RandomTokens",
+    "Strided",
+    "TileMap",
+    "Tree",
+    "Window",
+    "tile_map",
+]

@@ -1,0 +1,198 @@
+"""The argument checks of the public ops: everything that can be wrong is said before anything runs.
+
+Each function raises ValueError or TypeError naming the argument, what it got, what it wants and the likely fix.
+Values that live on a GPU are not read (that would stall the stream): there shapes and dtypes are checked only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewise.errors import bad_type, bad_value
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = ("bhsd", "bshd")
+
+
+def is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise bad_type(name, value, "a torch.Tensor")
+
+
+def is_float(name: str, tensor: Any) -> None:
+    is_tensor(name, tensor)
+    if tensor.dtype not in FLOATS:
+        raise bad_type(
+            name, f"dtype {tensor.dtype}", "float32, float16, bfloat16 or float64", f"{name} = {name}.float()"
+        )
+
+
+def same_place(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise bad_value(name, f"device {tensor.device}", f"q's device {q.device}", f"{name} = {name}.to(q.device)")
+
+
+def qkv(q: Any, k: Any, v: Any, rank: int) -> None:
+    """Types, ranks, dtypes and devices of q, k and v: what every layout shares."""
+    is_float("q", q)
+    is_float("k", k)
+    is_float("v", v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != rank:
+            want = "[B, H, N, D] or, with layout='bshd', [B, N, H, D]" if rank == 4 else "[tokens, heads, dim]"
+            fix = "unsqueeze the missing dimensions" if tensor.dim() < rank else None
+            raise bad_value(name, f"shape {list(tensor.shape)}", f"{rank} dimensions, {want}", fix)
+        if tensor.dtype != q.dtype:
+            raise bad_type(name, f"dtype {tensor.dtype}", f"q's dtype {q.dtype}", f"{name} = {name}.to(q.dtype)")
+        same_place(name, tensor, q)
+
+
+def heads_and_lengths(q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
+    """Shapes of dense q [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, Dv] (already in that order)."""
+    problem = _shape_problem(q.shape, k.shape, v.shape)
+    if problem is None:
+        return
+    name, got, want = problem
+    other = LAYOUTS[1 - LAYOUTS.index(layout)]
+    swapped = [(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v)]
+    fix = None
+    if _shape_problem(*swapped) is None:
+        fix = f"these shapes fit the other layout: pass layout={other!r} (now {layout!r}) or transpose(1, 2)"
+    elif name == "k" and "heads" in got:
+        fix = "repeat or drop heads so that H is a multiple of Hkv"
+    raise bad_value(name, got, want, fix)
+
+
+def _shape_problem(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> tuple[str, str, str] | None:
+    """(argument, got, want) of the first disagreement, or None."""
+    for name, shape in (("k", k), ("v", v)):
+        if shape[0] != q[0]:
+            return name, f"batch {shape[0]}", f"q's batch {q[0]}"
+    if k[3] != q[3]:
+        return "k", f"head dim {k[3]}", f"q's head dim {q[3]}"
+    if q[3] == 0 or v[3] == 0:
+        return "q" if q[3] == 0 else "v", "head dim 0", "a head dim of at least 1"
+    if v[1] != k[1]:
+        return "v", f"{v[1]} heads", f"k's {k[1]} heads"
+    if v[2] != k[2]:
+        return "v", f"length {v[2]}", f"k's length {k[2]}"
+    if k[1] == 0 or q[1] % k[1] != 0:
+        return "k", f"{k[1]} heads", f"a number of heads that divides q's {q[1]} heads"
+    return None
+
+
+def layout_name(layout: object) -> None:
+    if layout not in LAYOUTS:
+        raise bad_value("layout", repr(layout), "'bhsd' ([B, H, N, D]) or 'bshd' ([B, N, H, D])")
+
+
+def finite(name: str, value: Any, *, positive: bool = False) -> None:
+    """A finite number or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise bad_type(name, value, "a number", f"{name}.item()" if isinstance(value, Tensor) else None)
+    if isinstance(value, int | float) and not math.isfinite(value):
+        raise bad_value(name, value, "a finite number")
+    if positive and value <= 0:
+        raise bad_value(name, value, "a number above 0", f"leave out {name} for none")
+
+
+def probability(name: str, value: Any) -> None:
+    finite(name, value)
+    if not 0.0 <= value < 1.0:
+        raise bad_value(name, value, "a probability in [0, 1)")
+
+
+def window_pair(window: Any) -> tuple[int | None, int | None]:
+    """(left, right), both inclusive, None for unlimited."""
+    if window is None:
+        return None, None
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise bad_value("window", window, "a pair (left, right)", "window=(256, 0) sees 256 keys back and none ahead")
+    for side in window:
+        if side is None:
+            continue
+        if isinstance(side, bool) or not isinstance(side, int | torch.SymInt):
+            raise bad_type("window", side, "ints or None")
+        if side < 0:
+            raise bad_value("window", tuple(window), "sides of at least 0, or None for unlimited", "None, not -1")
+    return window[0], window[1]
+
+
+def broadcasts(name: str, tensor: Tensor, q: Tensor, m: int) -> None:
+    """`tensor` against [B, H, N, M] for q [B, H, N, D]."""
+    full = (q.shape[0], q.shape[1], q.shape[2], m)
+    if tensor.dim() > 4 or any(
+        have not in (1, want) for have, want in zip(tensor.shape[::-1], full[::-1], strict=False)
+    ):
+        want = f"a shape that broadcasts to [B, H, N, M] = {list(full)}"
+        fix = None
+        if tuple(tensor.shape) == (full[0], full[3]):
+            fix = f"a key-padding {name} is {name}[:, None, None, :]"
+        raise bad_value(name, f"shape {list(tensor.shape)}", want, fix)
+    same_place(name, tensor, q)
+
+
+def per_head(name: str, tensor: Any, q: Tensor, heads: int, batch: int | None = None) -> None:
+    """A floating [H] tensor, or, where `batch` is given, also [batch, H]."""
+    is_float(name, tensor)
+    allowed: list[tuple[int, ...]] = [(heads,)]
+    if batch is not None:
+        allowed.append((batch, heads))
+    if tuple(tensor.shape) not in allowed:
+        want = f"shape [H] = [{heads}]" + (f" or [B, H] = [{batch}, {heads}]" if batch is not None else "")
+        raise bad_value(name, f"shape {list(tensor.shape)}", want)
+    same_place(name, tensor, q)
+
+
+def boolean_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        fix = "mask = mask.bool() (True = attend)"
+        if mask.is_floating_point():
+            fix = "an additive mask goes in bias="
+        raise bad_type("mask", f"dtype {mask.dtype}", "a boolean tensor, True = attend, or a mask value", fix)
+
+
+def offset(q_offset: Any, q: Tensor, batch: int) -> None:
+    if q_offset is None:
+        return
+    if isinstance(q_offset, Tensor):
+        if q_offset.dtype != torch.int32 or tuple(q_offset.shape) != (batch,):
+            got = f"{q_offset.dtype} of shape {list(q_offset.shape)}"
+            raise bad_value("q_offset", got, f"an int, or int32 of shape [B] = [{batch}]", "q_offset.to(torch.int32)")
+        same_place("q_offset", q_offset, q)
+    elif isinstance(q_offset, bool) or not isinstance(q_offset, int | torch.SymInt):
+        raise bad_type("q_offset", q_offset, "an int or an int32 tensor [B]")
+
+
+def cu_seqlens(name: str, value: Any, q: Tensor, total: int, longest: Any) -> None:
+    """Cumulative lengths [B + 1]: int32, from 0 to `total`, never falling, no sequence above `longest`."""
+    is_tensor(name, value)
+    if value.dtype != torch.int32:
+        raise bad_type(name, f"dtype {value.dtype}", "int32", f"{name}.to(torch.int32)")
+    if value.dim() != 1 or value.shape[0] < 2:
+        raise bad_value(name, f"shape {list(value.shape)}", "shape [B + 1] with B of at least 1")
+    same_place(name, value, q)
+    suffix = name.rsplit("_", 1)[1]
+    argument = f"max_seqlen_{suffix}"
+    if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
+        raise bad_type(argument, longest, "an int", f"int({argument})")
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ends = value.tolist()
+    if ends[0] != 0:
+        raise bad_value(name, f"first value {ends[0]}", "0", "prepend a 0 to the cumulative sum of the lengths")
+    lengths = [b - a for a, b in pairwise(ends)]
+    if min(lengths) < 0:
+        raise bad_value(name, ends, "values that never fall", "pass the cumulative sum of the lengths")
+    if ends[-1] != total:
+        raise bad_value(name, f"last value {ends[-1]}", f"the number of tokens, {total}")
+    if longest < max(lengths):
+        raise bad_value(argument, longest, f"at least the longest sequence, {max(lengths)}")

@@ -1,0 +1,139 @@
+"""`attention` and `explain`: the dense functional API."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor
+
+from tilewise.masks import Mask
+from tilewise.ops import checks
+from tilewise.ops.arguments import Arguments, Options, build
+from tilewise.ops.biases import Relative
+from tilewise.ops.dispatch import Plan
+from tilewise.ops.library import attention_op, route
+from tilewise.spec import Window
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    bias: Tensor | Relative | None = None,
+    alibi: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    q_offset: int | Tensor | None = None,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, softmax(QKᵀ·scale)V and everything that is commonly added to it, in O(N) memory.
+
+    Row i of the queries has position `p = i + M − N`, or `p = i + q_offset` where that is given. With
+    `s = softcap(scale·q·k) + bias + alibi`, entries that a restriction forbids become −∞, then comes the softmax over
+    the keys (and the sink), then dropout, then the sum of values.
+
+    Args:
+        q: [B, H, N, D], float32, float16, bfloat16 or float64 (on the PyTorch backends).
+        k: [B, Hkv, M, D] with H a multiple of Hkv: query head h reads key head h // (H / Hkv) (GQA, MQA).
+        v: [B, Hkv, M, Dv].
+        mask: a mask value, or a boolean tensor broadcastable to [B, H, N, M], True = attend.
+        causal: allow keys j ≤ p.
+        window: (left, right): allow p − left ≤ j ≤ p + right; None for an unlimited side.
+        bias: a floating tensor broadcastable to [B, H, N, M], or `biases.Relative(values)`; both have a gradient.
+        alibi: slopes [H] or [B, H]: adds −slope·|p − j|.
+        softcap: c > 0: scores become c·tanh(scale·q·k / c).
+        sink: [H]: one more logit per head whose value row is zero; has a gradient.
+        scale: of the scores; 1/√D by default.
+        dropout: the probability of dropping an entry of P; what is kept is divided by 1 − dropout. The mask is a pure
+            function of one seed drawn from torch's generator: `torch.manual_seed` reproduces it on every backend.
+        q_offset: position of query row 0: an int, or int32 [B]. 0 is top-left alignment.
+        layout: "bhsd" as above, or "bshd" for q, k, v and out as [B, N, H, D]. Mask and bias stay [B, H, N, M].
+        return_lse: also return the natural log of the softmax denominator.
+        deterministic: only use algorithms that give the same bits every time.
+        backend: "auto", or one of "hopper", "triton", "tiled", "sdpa", "standard", which then runs or raises.
+
+    Returns:
+        out, shaped as q with Dv for D, in q's dtype; with `return_lse`, also lse [B, H, N] in float32 (float64 for
+        float64 inputs), which has a gradient too. A row that may see nothing gives 0 and, without a sink, −∞.
+
+    Raises:
+        ValueError, TypeError: bad input, before anything runs.
+        UnsupportedError: the named backend cannot do this; the message says which one can.
+
+    A tensor whose last dim is not contiguous is copied once; all other strides are used as they are. Under autocast,
+    float32 and half-precision q, k and v are cast as in `scaled_dot_product_attention`. First derivatives only.
+
+    Source: Dao, FlashAttention-2 (2023); Milakov and Gimelshein, Online normalizer calculation for softmax (2018).
+    """
+    arguments = _arguments(
+        q,
+        k,
+        v,
+        layout,
+        mask=mask,
+        causal=causal,
+        window=window,
+        bias=bias,
+        alibi=alibi,
+        softcap=softcap,
+        sink=sink,
+        scale=scale,
+        dropout=dropout,
+        q_offset=q_offset,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    out, lse = attention_op(*arguments)
+    if layout == "bshd":
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    *,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    **options: Unpack[Options],
+) -> Plan:
+    """What `attention` would do with these arguments, without doing it: the backend, its configuration and the reason,
+    and for each other backend one sentence on why not.
+
+    Args and errors as for `attention`. The tensors are only looked at.
+    """
+    del return_lse  # every backend computes the LSE anyway
+    arguments = _arguments(q, k, v, layout, mask=mask, causal=causal, window=window, **options)
+    plan, _ = route(arguments.signature(), arguments.backend)
+    return plan
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: str,
+    *,
+    mask: Mask | Tensor | None,
+    causal: bool,
+    window: Window | None,
+    **options: Unpack[Options],
+) -> Arguments:
+    checks.layout_name(layout)
+    checks.qkv(q, k, v, rank=4)
+    if layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    checks.heads_and_lengths(q, k, v, layout)
+    return build(q, k, v, mask=mask, causal=causal, window=window, **options)

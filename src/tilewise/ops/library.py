@@ -1,0 +1,161 @@
+"""The op boundary: `tilewise::attention` and its backward as torch operators.
+
+`torch.compile` sees tensors, numbers and strings; specs, masks as values and plans exist only inside the op, on
+concrete shapes, so dynamic shapes do not specialise. A mask crosses as its canonical expression and the tensors that
+it names. Dense and packed calls are one operator: packed tensors enter as a batch of one with `cu_seqlens`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from tilewise.backends.base import Backend, Needs, empty_ordered, empty_output, ordered_strides
+from tilewise.backends.registry import REGISTRY
+from tilewise.ops.arguments import Arguments, describe
+from tilewise.ops.dispatch import Plan, choose
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? relative, Tensor? alibi, Tensor? sink, Tensor? q_offset, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, Tensor[] mask_tensors, str? mask, bool causal, "
+    "SymInt? left, SymInt? right, SymInt? offset, SymInt q_len, SymInt k_len, float? scale, float? softcap, "
+    "float dropout, bool deterministic, bool bias_grad, str backend"
+)
+
+_library = Library("tilewise", "DEF")
+_library.define(f"attention({_INPUTS}) -> (Tensor, Tensor)")
+_library.define(
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needs, {_INPUTS}) -> Tensor[]"
+)
+
+
+_DIFFERENTIABLE = (0, 1, 2, 3, 4, 6)
+"""Positions of the operands of `Needs` and `Gradients` (q, k, v, bias, relative, sink) among the arguments."""
+
+
+@lru_cache(maxsize=4096)
+def route(signature: tuple[Any, ...], backend: str) -> tuple[Plan, Backend]:
+    """The plan and the implementation for a call; one look-up on the hot path."""
+    plan = choose(describe(*signature), backend)
+    return plan, REGISTRY["attention", plan.backend]
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    arguments = Arguments(*args)
+    plan, backend = route(arguments.signature(), arguments.backend)
+    out, lse = backend.forward(arguments.operands(), plan.spec, plan.config)
+    return _in_order(out, arguments.q), lse.contiguous()
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: list[bool], *args: Any
+) -> list[Tensor]:
+    arguments = Arguments(*args)
+    plan, backend = route(arguments.signature(), arguments.backend)
+    wanted = Needs(*needs)
+    grads = backend.backward(dout, dlse, arguments.operands(), out, lse, plan.spec, plan.config, wanted)
+    found: list[Tensor] = []
+    for position, grad, want in zip(_DIFFERENTIABLE, grads, wanted, strict=True):
+        if want and grad is not None:
+            found.append(_in_order(grad, args[position]) if position < 3 else grad.contiguous())
+    return found
+
+
+def _in_order(x: Tensor, like: Tensor) -> Tensor:
+    """x with the strides that the fake implementation promised."""
+    if x.is_contiguous() and like.is_contiguous():
+        return x
+    if x.stride() == ordered_strides(like, x.shape[-1]):
+        return x
+    return empty_ordered(like, x.shape[-1]).copy_(x)
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return empty_output(Arguments(*args).operands())
+
+
+def _fake_backward(*all_args: Any) -> list[Tensor]:
+    needs, args = all_args[4], all_args[5:]
+    wanted = [position for position, want in zip(_DIFFERENTIABLE, needs, strict=True) if want]
+    return [
+        empty_ordered(x, x.shape[-1]) if position < 3 else x.new_empty(x.shape)
+        for position, x in ((position, args[position]) for position in wanted)
+    ]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.tilewise.attention.default(*args)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, lse, *args[:11], *args[11])
+        ctx.options = args[12:]
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        dout, dlse = cotangents
+        saved = ctx.saved_tensors
+        out, lse, tensors, mask_tensors = saved[0], saved[1], saved[2:13], list(saved[13:])
+        needs = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
+        grads: list[Tensor | None] = [None] * (12 + len(ctx.options))
+        if dout is None and dlse is None:
+            return tuple(grads)
+        dout = torch.zeros_like(out) if dout is None else dout
+        found = iter(
+            torch.ops.tilewise.attention_backward.default(
+                dout, dlse, out, lse, needs, *tensors, mask_tensors, *ctx.options
+            )
+        )
+        for position, want in zip(_DIFFERENTIABLE, needs, strict=True):
+            if want:
+                grads[position] = next(found)
+        return tuple(grads)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(torch.ops.tilewise.attention_backward.default(*args))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise RuntimeError(
+            "double backward: tilewise attention has first derivatives only. Fix: drop create_graph=True, or use "
+            "tilewise.reference.standard, which autograd can differentiate any number of times"
+        )
+
+
+def _autograd_forward(*args: Any) -> Any:
+    differentiable = torch.is_grad_enabled() and any(
+        args[position] is not None and args[position].requires_grad for position in _DIFFERENTIABLE
+    )
+    if differentiable:
+        return _Attention.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tilewise.attention.default(*args)
+
+
+def _autograd_backward(*args: Any) -> list[Tensor]:
+    if torch.is_grad_enabled():
+        return list(_AttentionBackward.apply(*args))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tilewise.attention_backward.default(*args)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("attention", _forward, _key)
+    _library.impl("attention_backward", _backward, _key)
+_library.impl("attention", _autograd_forward, "Autograd")
+_library.impl("attention_backward", _autograd_backward, "Autograd")
+torch.library.register_fake("tilewise::attention", _fake_forward, lib=_library)
+torch.library.register_fake("tilewise::attention_backward", _fake_backward, lib=_library)
+
+attention_op = torch.ops.tilewise.attention.default
+attention_backward_op = torch.ops.tilewise.attention_backward.default

@@ -1,0 +1,94 @@
+"""A problem as a frozen value: what dispatch, the cost model, the benchmark and the reports all speak.
+
+A spec holds sizes, names and numbers, never a tensor, and this file imports no torch.
+Notation as everywhere: B batch, H query heads, Hkv key/value heads, N query length, M key length,
+D query/key head dim, Dv value head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Window = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """One call of `attention` or `attention_varlen`.
+
+    A packed problem (`packed=True`) holds `batch` sequences one after another: `q_len` and `k_len` are then the
+    longest lengths, `q_total` and `k_total` the token counts. A dense one leaves the totals at 0.
+
+    `device` is a device type with its architecture where that matters: "cpu", "sm_90", "gfx942".
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str = "float32"
+    device: str = "cpu"
+    scale: float = 1.0
+    causal: bool = False
+    window: Window = (None, None)
+    q_offset: int | Literal["tensor"] | None = None
+    """None aligns bottom-right (`M − N`); "tensor" is one offset a sequence, known only on the device."""
+    mask: str | None = None
+    """Canonical mask expression (`str(mask)`), or None."""
+    bias: tuple[int, int, int, int] | None = None
+    """Shape of the dense additive bias before broadcasting to [B, H, N, M], or None."""
+    relative: int | None = None
+    """Radius R of the relative bias `[H, 2R+1]`, or None."""
+    alibi: bool = False
+    softcap: float | None = None
+    sink: bool = False
+    dropout: float = 0.0
+    packed: bool = False
+    q_total: int = 0
+    k_total: int = 0
+    deterministic: bool = False
+    needs_bias_grad: bool = False
+    """The dense bias wants a gradient: some fast paths can take a bias but not differentiate it."""
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def windowed(self) -> bool:
+        return self.window != (None, None)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The names of what goes beyond plain softmax(QKᵀ)V, for messages and reports."""
+        present = {
+            "causal": self.causal,
+            "window": self.windowed,
+            "q_offset": self.q_offset is not None,
+            "mask": self.mask is not None,
+            "bias": self.bias is not None,
+            "relative bias": self.relative is not None,
+            "alibi": self.alibi,
+            "softcap": self.softcap is not None,
+            "sink": self.sink,
+            "dropout": self.dropout > 0.0,
+            "GQA": self.group > 1,
+            "D≠Dv": self.head_dim != self.v_head_dim,
+            "packed": self.packed,
+        }
+        return tuple(name for name, there in present.items() if there)
+
+    def as_dict(self) -> dict[str, object]:
+        """A JSON-ready form; `AttentionSpec(**d)` with lists turned to tuples gives the spec back."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        heads = f"H={self.heads}" if self.group == 1 else f"H={self.heads}/{self.kv_heads}"
+        dim = f"D={self.head_dim}" if self.head_dim == self.v_head_dim else f"D={self.head_dim}/{self.v_head_dim}"
+        shape = f"B={self.batch} {heads} N={self.q_len} M={self.k_len} {dim} {self.dtype} {self.device}"
+        return f"{shape} [{', '.join(self.features)}]" if self.features else shape

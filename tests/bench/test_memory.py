@@ -1,0 +1,51 @@
+"""Peak memory against sizes that are known beforehand."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from tilewise.bench.memory import MemoryCase, cpu_peaks, cuda_peak, measurable
+
+HEADS, HEAD_DIM = 4, 32
+NOISE = 6 * 2**20
+"""Threads, code pages and matrix-product workspaces beyond the warm-up: measured at 1 to 2 MiB."""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks of forked children are measured on Linux")
+
+
+def case(method: str, length: int, dtype: str = "float32") -> MemoryCase:
+    return MemoryCase(method, length, HEADS, HEAD_DIM, dtype, causal=False)
+
+
+def test_peaks_are_those_of_the_score_matrices_or_far_below() -> None:
+    """Of six separate steps S, e^(S − m) and P are alive at once, and a temporary; of one tile at a time nothing is."""
+    with cpu_peaks() as peak_of:
+        steps = peak_of(case("six-steps", 1024))
+        tiles = peak_of(case("flash-v2", 1024))
+        half = peak_of(case("six-steps", 1024, "bfloat16"))
+    matrix = HEADS * 1024 * 1024 * 4
+    assert 3 * matrix <= steps <= 4 * matrix + NOISE
+    assert tiles <= NOISE
+    assert abs(half - steps) <= matrix / 4 + NOISE, "the scores are float32 for bfloat16 inputs too"
+
+
+def test_a_failing_call_is_an_error_and_not_a_number() -> None:
+    with cpu_peaks() as peak_of:
+        with pytest.raises(RuntimeError, match="six-steps at N=0 failed"):
+            peak_of(MemoryCase("six-steps", 0, HEADS, -1, "float32", causal=False))
+        assert peak_of(case("six-steps", 64)) >= 0, "the helper goes on after a failure"
+
+
+def test_where_a_peak_can_be_had() -> None:
+    assert measurable(torch.device("cpu"))
+    assert measurable(torch.device("cuda"))
+    assert not measurable(torch.device("mps"))
+
+
+@pytest.mark.gpu
+def test_cuda_peak_counts_what_is_freed_before_the_end() -> None:
+    device = torch.device("cuda")
+    assert 2**28 <= cuda_peak(lambda: torch.empty(2**28, dtype=torch.uint8, device=device), device) < 2**28 + 2**22

@@ -1,0 +1,91 @@
+"""Every pair of features, forward and backward, on the PyTorch backends against the float64 oracle."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from budget import assert_within
+from cases import FEATURES, cotangents, make_case, ours
+
+BACKENDS = ("standard", "tiled")
+EXCLUSIVE = {frozenset({"q_offset", "offsets"}), frozenset({"bias", "relative"})}
+PAIRS = [pair for pair in combinations(FEATURES, 2) if frozenset(pair) not in EXCLUSIVE]
+SIZES = [(1, 1), (2, 1), (1, 63), (63, 64), (64, 65), (65, 113), (113, 40), (129, 257), (140, 128)]
+DROPOUT_SIZES = [(1, 1), (2, 1), (1, 13), (33, 30), (20, 33)]
+
+
+def sizes_for(features: set[str], seed: int) -> tuple[int, int]:
+    sizes = DROPOUT_SIZES if "dropout" in features else SIZES
+    return sizes[seed % len(sizes)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_pair(pair: tuple[str, str], backend: str) -> None:
+    features = set(pair)
+    seed = PAIRS.index(pair)
+    for size in (sizes_for(features, seed), (70, 90) if "dropout" not in features else (17, 22)):
+        case = make_case(features, n=size[0], m=size[1], seed=seed)
+        dout, dlse = cotangents(case, seed)
+        assert_within(ours(backend), case, torch.float32, dout, dlse, f"{pair} {size}")
+        assert_within(ours(backend), case, torch.float32, dout, None, f"{pair} {size} without dlse")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(40))
+def test_many_at_once(seed: int, backend: str) -> None:
+    g = torch.Generator().manual_seed(seed)
+    features = {name for name in FEATURES if torch.rand(1, generator=g) < 0.4}
+    for pair in EXCLUSIVE:
+        if pair <= features:
+            features.discard(min(pair))
+    n, m = sizes_for(features, seed)
+    dim = (1, 8, 40, 59, 64, 80, 96, 111)[seed % 8]
+    dtype = (torch.float32, torch.float64, torch.float16, torch.bfloat16)[seed % 4]
+    case = make_case(features, n=n, m=m, dim=dim, seed=seed)
+    dout, dlse = cotangents(case, seed)
+    assert_within(ours(backend), case, dtype, dout, dlse, f"{sorted(features)} {n}x{m} D={dim} {dtype}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "features", [set(), {"causal"}, {"window", "gqa"}, {"mask", "sink"}, {"bias", "softcap"}], ids=str
+)
+def test_dtypes(features: set[str], dtype: torch.dtype, backend: str) -> None:
+    case = make_case(features, n=129, m=200, dim=64)
+    dout, dlse = cotangents(case)
+    assert_within(ours(backend), case, dtype, dout, dlse)
+    assert_within(ours(backend, "bshd"), case, dtype, dout, None)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+@pytest.mark.parametrize(
+    "features", [set(), {"causal"}, {"mask"}, {"window"}, {"gqa", "q_offset", "causal"}, {"empty"}], ids=str
+)
+def test_where_all_three_can(features: set[str], backend: str) -> None:
+    for n, m in SIZES:
+        case = make_case(features, n=n, m=m)
+        dout, dlse = cotangents(case)
+        assert_within(ours(backend), case, torch.float32, dout, dlse, f"{n}x{m}")
+        assert_within(ours(backend), case, torch.bfloat16, dout, None, f"{n}x{m} bf16")
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+@pytest.mark.parametrize("dim", [192, 256, 512])
+def test_wide_heads(dim: int, backend: str) -> None:
+    case = make_case({"causal", "gqa"}, n=65, m=65, dim=dim, batch=1)
+    dout, _ = cotangents(case)
+    assert_within(ours(backend), case, torch.float32, dout)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+@pytest.mark.parametrize("magnitude", [30.0, 1e3])
+def test_huge_logits(magnitude: float, backend: str) -> None:
+    case = make_case({"causal"}, n=113, m=113, dim=40)
+    case.tensors["q"].mul_(magnitude)
+    dout, dlse = cotangents(case)
+    assert_within(ours(backend), case, torch.float32, dout, dlse, huge_logits=True)
