@@ -9,7 +9,7 @@ never appear.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import NamedTuple
 
@@ -135,42 +135,62 @@ def _chunk(visits: list[Visit]) -> Chunk:
 
 
 class ChunkMasks:
-    """The masks of chunks, [TILE, width], unpacked once for each distinct signature."""
+    """The masks of chunks, [TILE, width], put together from bit tiles that are unpacked once each."""
 
-    def __init__(self, tile_map: TileMap, device: torch.device) -> None:
-        self._tile_map = tile_map
+    def __init__(self, tile_map: TileMap, device: torch.device, dtype: torch.dtype) -> None:
+        self._bits = torch.from_numpy(tile_map.bits.view("int32")).to(device)
         self._device = device
-        self._allowed: dict[tuple[Visit, ...], Tensor] = {}
-        self._additive: dict[tuple[Visit, ...], Tensor] = {}
+        self._dtype = dtype
+        self._allowed: dict[object, Tensor] = {}
+        self._additive: dict[object, Tensor] = {}
 
     def allowed(self, signature: tuple[Visit, ...]) -> Tensor:
         """bool, True = visible."""
-        if signature not in self._allowed:
-            _make_room(self._allowed)
-            parts = [self._tile(visit) for visit in signature]
-            self._allowed[signature] = torch.cat(parts, dim=1).to(self._device)
-        return self._allowed[signature]
+        return self._joined(self._allowed, signature, self._allowed_tile)
 
-    def additive(self, signature: tuple[Visit, ...], dtype: torch.dtype) -> Tensor:
-        """0 where visible, −∞ elsewhere; one dtype for the lifetime of this object."""
-        if signature not in self._additive:
-            _make_room(self._additive)
-            allowed = self.allowed(signature)
-            zeros = torch.zeros(allowed.shape, dtype=dtype, device=self._device)
-            self._additive[signature] = zeros.masked_fill_(~allowed, float("-inf"))
-        return self._additive[signature]
+    def additive(self, signature: tuple[Visit, ...]) -> Tensor:
+        """0 where visible, −∞ elsewhere."""
+        return self._joined(self._additive, signature, self._additive_tile)
 
-    def _tile(self, visit: Visit) -> Tensor:
-        if visit.bits is None:
-            return torch.ones(TILE, len(visit.keys), dtype=torch.bool)
-        words = torch.from_numpy(self._tile_map.bits[visit.bits].astype("int64"))
-        return ((words[:, :, None] >> torch.arange(32)) & 1).bool().flatten(1)[:, : len(visit.keys)]
+    def _joined(
+        self, cache: dict[object, Tensor], signature: tuple[Visit, ...], tile: Callable[[int | None], Tensor]
+    ) -> Tensor:
+        def join() -> Tensor:
+            parts: list[Tensor] = []
+            for visit in signature:
+                whole, rest = divmod(len(visit.keys), TILE)
+                parts += [tile(visit.bits)] * whole
+                if rest:
+                    parts.append(tile(visit.bits)[:, :rest])
+            return torch.cat(parts, dim=1)
+
+        return _remember(cache, signature, join)
+
+    def _allowed_tile(self, bits: int | None) -> Tensor:
+        def unpack_bits() -> Tensor:
+            if bits is None:
+                return torch.ones(TILE, TILE, dtype=torch.bool, device=self._device)
+            shifts = torch.arange(32, dtype=torch.int32, device=self._device)
+            return ((self._bits[bits][:, :, None] >> shifts) & 1).bool().flatten(1)
+
+        return _remember(self._allowed, bits, unpack_bits)
+
+    def _additive_tile(self, bits: int | None) -> Tensor:
+        def fill() -> Tensor:
+            zeros = torch.zeros(TILE, TILE, dtype=self._dtype, device=self._device)
+            return zeros.masked_fill_(~self._allowed_tile(bits), float("-inf"))
+
+        return _remember(self._additive, bits, fill)
 
 
-def _make_room(cache: dict[tuple[Visit, ...], Tensor]) -> None:
-    """Structured masks have a handful of signatures; unstructured ones would fill memory."""
-    if len(cache) >= 16:
-        cache.clear()
+def _remember(cache: dict[object, Tensor], key: object, make: Callable[[], Tensor]) -> Tensor:
+    """Structured masks have a handful of tiles and signatures; unstructured ones would fill memory."""
+    known = cache.get(key)
+    if known is None:
+        if len(cache) >= 128:
+            cache.clear()
+        known = cache[key] = make()
+    return known
 
 
 def restriction(operands: Operands, spec: AttentionSpec) -> Mask | None:

@@ -77,7 +77,7 @@ class _Tile(NamedTuple):
         if biases:
             total = biases[0] if len(biases) == 1 else torch.cat(biases, dim=-1)
         if self.masks is not None and chunk.signature is not None:
-            masked = self.masks.additive(chunk.signature, self.blocks.dtype)[: len(self.rows)]
+            masked = self.masks.additive(chunk.signature)[: len(self.rows)]
             total = masked if total is None else total + masked
         return total
 
@@ -94,7 +94,7 @@ def _tiles(operands: Operands, spec: AttentionSpec, config: TileConfig) -> Itera
     for problem, row_tiles in tiled_problems(operands, spec):
         n, m = problem.q.shape[2], problem.k.shape[2]
         blocks = ScoreBlocks(problem, operands, spec)
-        masks = None if row_tiles is None else ChunkMasks(row_tiles.tile_map, problem.q.device)
+        masks = None if row_tiles is None else ChunkMasks(row_tiles.tile_map, problem.q.device, blocks.dtype)
         block_m = config.block_m if row_tiles is None else TILE
         for start in range(0, n, block_m):
             rows = range(start, min(start + block_m, n))
