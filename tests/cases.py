@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -15,14 +16,47 @@ FEATURES = (
     "causal", "window", "q_offset", "offsets", "gqa", "dv", "bias", "relative", "alibi", "softcap", "sink", "dropout",
     "mask", "empty",
 )  # fmt: skip
+EXCLUSIVE = {frozenset({"q_offset", "offsets"}), frozenset({"bias", "relative"})}
+"""Features that one call cannot have together."""
+PAIRS = [pair for pair in combinations(FEATURES, 2) if frozenset(pair) not in EXCLUSIVE]
+SIZES = [(1, 1), (2, 1), (1, 63), (63, 64), (64, 65), (65, 113), (113, 40), (129, 257), (140, 128)]
+DROPOUT_SIZES = [(1, 1), (2, 1), (1, 13), (33, 30), (20, 33)]
+"""Smaller, because the oracle draws each element in Python."""
 SEED = 1234
 """What `torch.manual_seed` gets before a call with dropout."""
 
 
+def sizes_for(features: set[str], seed: int) -> tuple[int, int]:
+    """Odd sizes (N, M), another pair for each seed."""
+    sizes = DROPOUT_SIZES if "dropout" in features else SIZES
+    return sizes[seed % len(sizes)]
+
+
+def random_features(seed: int) -> set[str]:
+    """Many features at once, without contradictions."""
+    g = torch.Generator().manual_seed(seed)
+    features = {name for name in FEATURES if torch.rand(1, generator=g) < 0.4}
+    for pair in EXCLUSIVE:
+        if pair <= features:
+            features.discard(min(pair))
+    return features
+
+
 def make_case(
-    features: set[str], *, n: int = 70, m: int = 90, batch: int = 2, heads: int = 4, dim: int = 16, seed: int = 0
+    features: set[str],
+    *,
+    n: int = 70,
+    m: int = 90,
+    batch: int = 2,
+    heads: int = 4,
+    dim: int = 16,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Case:
-    """Unit-normal q, k, v in float64 and the tensors and options that `features` ask for."""
+    """Unit-normal q, k, v in float64 and the tensors and options that `features` ask for.
+
+    Everything lies on the CPU; `device` is where the call under test will draw its dropout seed.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -56,7 +90,7 @@ def make_case(
     if "dropout" in features:
         options["dropout"] = 0.3
         torch.manual_seed(SEED)
-        drawn = int(torch.randint(2**62, (1,)).item())
+        drawn = int(torch.randint(2**62, (1,), device=device).item())
         keep = oracle.philox_keep(drawn, 0.3, batch, heads, n, m)
     mask = torch.rand(batch, 1, n, m, generator=g) < 0.6
     if "empty" in features:
@@ -67,25 +101,27 @@ def make_case(
     return Case(tensors, options, keep)
 
 
-def ours(backend: str, layout: str = "bhsd") -> Attention:
-    """tilewise.attention with the oracle's signature."""
+def ours(backend: str, layout: str = "bhsd", device: str = "cpu") -> Attention:
+    """tilewise.attention on `device` with the oracle's signature, for tensors on the CPU."""
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, relative: Tensor | None = None, keep: Tensor | None = None, **rest: Any
     ) -> tuple[Tensor, Tensor]:
+        q, k, v = q.to(device), k.to(device), v.to(device)
+        rest = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in rest.items()}
         if relative is not None:
-            rest["bias"] = tilewise.biases.Relative(relative)
+            rest["bias"] = tilewise.biases.Relative(relative.to(device))
         torch.manual_seed(SEED)
         if layout == "bshd":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out, lse = tilewise.attention(q, k, v, **rest, layout=layout, return_lse=True, backend=backend)
-        return (out.transpose(1, 2) if layout == "bshd" else out), lse
+        return (out.transpose(1, 2) if layout == "bshd" else out).cpu(), lse.cpu()
 
     return call
 
 
 def cotangents(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Unit-normal dout and dlse; dlse is 0 in rows that see nothing, where the LSE is a constant −∞."""
+    """Unit-normal dout and dlse."""
     g = torch.Generator().manual_seed(seed)
     q, v = case.tensors["q"], case.tensors["v"]
     dout = torch.randn(*q.shape[:3], v.shape[-1], generator=g, dtype=torch.float64)

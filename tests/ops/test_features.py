@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import pytest
 import torch
 
 from budget import assert_within
-from cases import FEATURES, cotangents, make_case, ours
+from cases import PAIRS, SIZES, cotangents, make_case, ours, random_features, sizes_for
 
 BACKENDS = ("standard", "tiled")
-EXCLUSIVE = {frozenset({"q_offset", "offsets"}), frozenset({"bias", "relative"})}
-PAIRS = [pair for pair in combinations(FEATURES, 2) if frozenset(pair) not in EXCLUSIVE]
-SIZES = [(1, 1), (2, 1), (1, 63), (63, 64), (64, 65), (65, 113), (113, 40), (129, 257), (140, 128)]
-DROPOUT_SIZES = [(1, 1), (2, 1), (1, 13), (33, 30), (20, 33)]
-
-
-def sizes_for(features: set[str], seed: int) -> tuple[int, int]:
-    sizes = DROPOUT_SIZES if "dropout" in features else SIZES
-    return sizes[seed % len(sizes)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -37,11 +26,7 @@ def test_pair(pair: tuple[str, str], backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(40))
 def test_many_at_once(seed: int, backend: str) -> None:
-    g = torch.Generator().manual_seed(seed)
-    features = {name for name in FEATURES if torch.rand(1, generator=g) < 0.4}
-    for pair in EXCLUSIVE:
-        if pair <= features:
-            features.discard(min(pair))
+    features = random_features(seed)
     n, m = sizes_for(features, seed)
     dim = (1, 8, 40, 59, 64, 80, 96, 111)[seed % 8]
     dtype = (torch.float32, torch.float64, torch.float16, torch.bfloat16)[seed % 4]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import mask_oracle
 import numpy as np
 import pytest
 import torch
+from mask_oracle import Problem, both, either, neither, per_head
 
-import mask_oracle
 import tilewise
 from budget import Case, assert_within
 from cases import cotangents, make_case, ours
-from mask_oracle import Problem, both, either, neither, per_head
 
 N, M, HEADS = 150, 300, 4
 IDS = np.repeat(np.arange(30), 10)
@@ -32,7 +32,12 @@ NAMED = {
     "prefix-lm": either(mask_oracle.causal(0), mask_oracle.prefix(180)),
     "not causal": neither(mask_oracle.causal(0)),
     "per head": per_head(
-        [mask_oracle.causal(0), mask_oracle.window(3, 3), mask_oracle.prefix(5), mask_oracle.random_blocks(1, 64, 0, True)]
+        [
+            mask_oracle.causal(0),
+            mask_oracle.window(3, 3),
+            mask_oracle.prefix(5),
+            mask_oracle.random_blocks(1, 64, 0, per_head=True),
+        ]
     ),
     "longformer": either(mask_oracle.window(30, 30), mask_oracle.global_([150, 299])),
     "causal & (window | global)": both(
@@ -94,7 +99,7 @@ def test_a_written_to_mask_is_another_mask() -> None:
 
 def test_a_mask_that_does_not_fit_says_so() -> None:
     q = torch.randn(1, 2, 20, 8)
-    with pytest.raises(ValueError, match="documents|q_ids|ids"):
+    with pytest.raises(ValueError, match="ids"):
         tilewise.attention(q, q, q, tilewise.masks.Documents(torch.zeros(19, dtype=torch.int64)))
     with pytest.raises(ValueError, match="tokens"):
         tilewise.attention(q, q, q, tilewise.masks.Global([20]))
