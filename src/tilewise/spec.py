@@ -64,6 +64,30 @@ class AttentionSpec:
         return self.window != (None, None)
 
     @property
+    def offset(self) -> int | None:
+        """Position of query row 0 where it is the same for the whole batch and known here; else None."""
+        if self.q_offset is None:
+            return None if self.packed else self.k_len - self.q_len
+        return self.q_offset if isinstance(self.q_offset, int) else None
+
+    @property
+    def reach(self) -> Window:
+        """Causal and window as one (left, right), without the sides that forbid nothing at these sizes.
+
+        One query at the end of its keys, for example, sees them all, causal or not.
+        """
+        left, right = self.window
+        if self.causal:
+            right = 0 if right is None else min(right, 0)
+        offset = self.offset
+        if offset is not None and not self.packed:
+            if right is not None and offset + right >= self.k_len - 1:
+                right = None
+            if left is not None and offset + self.q_len - 1 - left <= 0:
+                left = None
+        return left, right
+
+    @property
     def features(self) -> tuple[str, ...]:
         """The names of what goes beyond plain softmax(QKᵀ)V, for messages and reports."""
         present = {

@@ -9,8 +9,8 @@ from tilewise.bench.sparsity import BLOCK, METHODS, measure, pattern_of, table
 
 def test_pattern_is_one_pattern() -> None:
     pattern = pattern_of(8 * BLOCK, 0.75)
-    assert pattern.index.shape == (8, 2)
-    rebuilt = torch.zeros(8, 8, dtype=torch.bool).scatter_(1, pattern.index, value=True)
+    assert pattern.blocks.shape == (8, 2)
+    rebuilt = torch.zeros(8, 8, dtype=torch.bool).scatter_(1, pattern.blocks, value=True)
     assert torch.equal(rebuilt.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1), pattern.dense)
 
 

@@ -43,6 +43,19 @@ def test_sentences_are_true(name: str) -> None:
                 tilewise.attention(Q, Q, Q, **options, backend=name)
 
 
+def test_a_plan_that_a_caller_writes_to_is_the_callers_own() -> None:
+    tilewise.explain(Q, Q, Q).rejected.clear()
+    assert tilewise.explain(Q, Q, Q).rejected
+
+
+def test_restrictions_that_forbid_nothing_are_no_obstacle() -> None:
+    one = Q[:, :, :1]
+    assert tilewise.explain(one, Q, Q, causal=True).config.engine == "whole"
+    assert tilewise.explain(Q, Q, Q, window=(95, 95)).config.engine == "whole"
+    assert tilewise.explain(Q, Q, Q, window=(94, 95)).config.engine == "dense"
+    torch.testing.assert_close(tilewise.attention(one, Q, Q, causal=True), tilewise.attention(one, Q, Q))
+
+
 def test_plan_is_cached_by_value() -> None:
     a, b = (AttentionSpec(1, 4, 2, 10, 20, 8, 8, causal=True) for _ in range(2))
     assert choose(a) is choose(b)

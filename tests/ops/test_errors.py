@@ -38,11 +38,21 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": INTS}, TypeError, r"bias: got dtype torch\.int64"),
     ({"bias": tilewise.biases.Relative(torch.zeros(3, 5))}, ValueError, r"bias: got values for 3 heads; wants q's 4"),
     ({"alibi": torch.zeros(3)}, ValueError, r"alibi: got shape \[3\]; wants shape \[H\] = \[4\] or \[B, H\]"),
+    ({"alibi": torch.zeros(4, requires_grad=True)}, ValueError, r"alibi: got a tensor that requires grad.*Relative"),
+    ({"mask": tilewise.masks.Causal([0, 1, 2])}, ValueError, r"mask: got a mask of 3 sequences; wants .* B = 2"),
+    ({"mask": tilewise.masks.PerHead([tilewise.masks.Causal()] * 3)}, ValueError, r"mask: got a mask of 3 heads"),
+    ({"mask": tilewise.masks.Documents([0] * 9)}, ValueError, r"ids"),
     ({"sink": torch.zeros(2, 4)}, ValueError, r"sink: got shape \[2, 4\]; wants shape \[H\] = \[4\]"),
     ({"scale": float("nan")}, ValueError, r"scale: got nan; wants a finite number"),
     ({"scale": torch.tensor(1.0)}, TypeError, r"scale: got Tensor; wants a number.*scale\.item\(\)"),
+    ({"scale": 1e39}, ValueError, r"scale: got 1e\+39; wants a finite number within float32's range"),
     ({"softcap": 0.0}, ValueError, r"softcap: got 0\.0; wants a number above 0"),
     ({"dropout": 1.0}, ValueError, r"dropout: got 1\.0; wants a probability in \[0, 1\)"),
+    ({"dropout": None}, TypeError, r"dropout: got NoneType; wants a number"),
+    ({"causal": "no"}, TypeError, r"causal: got no; wants True or False"),
+    ({"window": (2**31, 0)}, ValueError, r"window: .*up to 2147483647"),
+    ({"q_offset": 2**40}, ValueError, r"q_offset: got 1099511627776; wants an int within"),
+    ({"q": Q.to_sparse()}, TypeError, r"q: got layout torch\.sparse_coo; wants a strided tensor"),
     ({"dropout": -0.1}, ValueError, r"dropout: got -0\.1"),
     ({"q_offset": 1.0}, TypeError, r"q_offset: got float"),
     ({"q_offset": torch.zeros(2)}, ValueError, r"q_offset: got torch\.float32 of shape \[2\]; wants an int, or int32"),
@@ -92,6 +102,19 @@ def test_failed_call_leaves_the_generator_alone() -> None:
     with pytest.raises(ValueError, match="mask"):
         tilewise.attention(Q, Q, Q, dropout=0.5, mask=torch.ones(9, 10, dtype=torch.bool))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(TypeError, match=r"explain\(\) has no argument 'softmax_scale'"):
+        tilewise.explain(Q, Q, Q, softmax_scale=1.0)  # type: ignore[call-arg]
+
+
+def test_explain_draws_nothing_and_wants_a_real_device() -> None:
+    before = torch.get_rng_state()
+    tilewise.explain(Q, Q, Q, dropout=0.5)
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(ValueError, match="q: got device meta"):
+        tilewise.explain(*[Q.to("meta")] * 3)
 
 
 def test_merge_checks() -> None:

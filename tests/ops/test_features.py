@@ -8,10 +8,10 @@ import torch
 from budget import assert_within
 from cases import PAIRS, SIZES, cotangents, make_case, ours, random_features, sizes_for
 
-BACKENDS = ("standard", "tiled")
+BACKENDS = ("standard", "tiled", "tiles")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_pair(pair: tuple[str, str], backend: str) -> None:
     features = set(pair)
@@ -23,7 +23,7 @@ def test_pair(pair: tuple[str, str], backend: str) -> None:
         assert_within(ours(backend), case, torch.float32, dout, None, f"{pair} {size} without dlse")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("seed", range(40))
 def test_many_at_once(seed: int, backend: str) -> None:
     features = random_features(seed)
@@ -35,7 +35,7 @@ def test_many_at_once(seed: int, backend: str) -> None:
     assert_within(ours(backend), case, dtype, dout, dlse, f"{sorted(features)} {n}x{m} D={dim} {dtype}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("features", [set(), {"causal"}, {"window", "gqa"}, {"mask", "sink"}, {"bias", "softcap"}])
 def test_dtypes(features: set[str], dtype: torch.dtype, backend: str) -> None:
@@ -45,7 +45,7 @@ def test_dtypes(features: set[str], dtype: torch.dtype, backend: str) -> None:
     assert_within(ours(backend, "bshd"), case, dtype, dout, None)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"], indirect=True)
 @pytest.mark.parametrize(
     "features", [set(), {"causal"}, {"mask"}, {"window"}, {"gqa", "q_offset", "causal"}, {"empty"}]
 )
@@ -57,7 +57,7 @@ def test_where_all_three_can(features: set[str], backend: str) -> None:
         assert_within(ours(backend), case, torch.bfloat16, dout, None, f"{n}x{m} bf16")
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"], indirect=True)
 @pytest.mark.parametrize("dim", [192, 256, 512])
 def test_wide_heads(dim: int, backend: str) -> None:
     case = make_case({"causal", "gqa"}, n=65, m=65, dim=dim, batch=1)
@@ -65,7 +65,7 @@ def test_wide_heads(dim: int, backend: str) -> None:
     assert_within(ours(backend), case, torch.float32, dout)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"], indirect=True)
 @pytest.mark.parametrize("magnitude", [30.0, 1e3])
 def test_huge_logits(magnitude: float, backend: str) -> None:
     case = make_case({"causal"}, n=113, m=113, dim=40)

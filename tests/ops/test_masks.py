@@ -46,7 +46,7 @@ NAMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["standard", "tiled"])
+@pytest.mark.parametrize("backend", ["standard", "tiled", "tiles"], indirect=True)
 @pytest.mark.parametrize("extra", [set(), {"gqa", "sink", "softcap"}])
 @pytest.mark.parametrize("name", NAMED)
 def test_named_mask(name: str, extra: set[str], backend: str) -> None:

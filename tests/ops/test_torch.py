@@ -17,7 +17,7 @@ import tilewise
 from tilewise.ops.arguments import build
 from tilewise.ops.library import attention_backward_op, attention_op
 
-BACKENDS = ("standard", "tiled")
+BACKENDS = ("standard", "tiled", "tiles")
 
 
 def qkv(
@@ -51,10 +51,10 @@ def options_of(name: str) -> dict[str, Any]:
 NAMES = ("plain", "causal", "window", "mask", "everything", "relative")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, backend: str) -> None:
-    arguments = build(*qkv(), backend=backend, **options_of(name))
+    arguments = build(*qkv(), backend=backend, **options_of(name)).seeded()
     if arguments.bias is not None:
         arguments = arguments._replace(bias=arguments.bias.detach().requires_grad_())
     opcheck(attention_op, tuple(arguments))
@@ -62,7 +62,7 @@ def test_opcheck(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "everything", "relative"])
 def test_opcheck_backward(name: str) -> None:
-    arguments = build(*qkv(grad=False), **options_of(name))
+    arguments = build(*qkv(grad=False), **options_of(name)).seeded()
     arguments = arguments._replace(
         bias=None if arguments.bias is None else arguments.bias.detach(),
         relative=None if arguments.relative is None else arguments.relative.detach(),
@@ -74,7 +74,7 @@ def test_opcheck_backward(name: str) -> None:
     opcheck(attention_backward_op, args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name: str, backend: str) -> None:
     q, k, v = qkv(5, 6, torch.float64)
@@ -145,7 +145,7 @@ def test_double_backward_is_refused() -> None:
         torch.autograd.grad(dq.sum(), q)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa", "auto"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa", "auto"], indirect=True)
 def test_autocast(backend: str) -> None:
     q, k, v = qkv()
     with torch.autocast("cpu", torch.bfloat16):
@@ -159,7 +159,7 @@ def test_autocast(backend: str) -> None:
         assert tilewise.attention(q.double(), k.double(), v.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_checkpointing_repeats_the_dropout_mask(backend: str) -> None:
     q, k, v = qkv()
 
@@ -185,7 +185,7 @@ def test_dropout_follows_manual_seed_and_backends_agree() -> None:
     assert not torch.equal(outs[2], tilewise.attention(q, k, v, dropout=0.4))
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"], indirect=True)
 def test_strides(backend: str) -> None:
     """Views, expanded heads, a batch of stride 0, a last dim that is not contiguous: as for contiguous tensors."""
     base = torch.randn(2, 30, 3, 4, 24)
@@ -199,13 +199,49 @@ def test_strides(backend: str) -> None:
     torch.testing.assert_close(tilewise.attention(q, shared, shared, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_unites_mixed_dtypes() -> None:
+    q, k, v = qkv(grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tilewise.attention(q, k.bfloat16(), v).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"], indirect=True)
+@pytest.mark.parametrize("scale", [-1.0, 0.0])
+def test_scales_that_are_not_positive(scale: float, backend: str) -> None:
+    q, k, v = (x.repeat_interleave((x.shape[1] == 2 and 2) or 1, 1) for x in qkv(20, 20))
+    out = tilewise.attention(q, k, v, causal=True, scale=scale, backend=backend)
+    s = (q @ k.mT * scale).masked_fill(torch.ones(20, 20).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(out, s.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"], indirect=True)
+def test_rows_that_see_nothing_pass_nothing_on(backend: str) -> None:
+    q, k, v = qkv(20, 20)
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    mask[3] = False
+    out, lse = tilewise.attention(q, k, v, mask, return_lse=True, backend=backend)
+    dout, dlse = torch.ones_like(out), torch.ones_like(lse)
+    dout[:, :, 3], dlse[:, :, 3] = float("nan"), float("nan")
+    for grad in torch.autograd.grad([out, lse], [q, k, v], [dout, dlse]):
+        assert grad.isfinite().all()
+        assert grad.any()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"], indirect=True)
+def test_a_float32_bias_is_not_rounded_to_half_precision(backend: str) -> None:
+    q, k, v = (x.half() for x in qkv(grad=False))
+    bias = torch.full((20, 27), -1e9)
+    _, lse = tilewise.attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_output_keeps_the_memory_order_of_its_layout(backend: str) -> None:
     q = torch.randn(2, 30, 4, 16)
     assert tilewise.attention(q, q, q, layout="bshd", softcap=1.0, backend=backend).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
 def test_no_rows_or_no_keys(n: int, m: int, backend: str) -> None:
     q, k, v = qkv(n, m)
@@ -222,7 +258,7 @@ def test_no_rows_or_no_keys(n: int, m: int, backend: str) -> None:
     assert torch.equal(grads[3], torch.full((4,), 2.0 * n))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_deterministic(backend: str) -> None:
     q, k, v = qkv(140, 130)
     runs = []

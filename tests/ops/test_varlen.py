@@ -35,7 +35,7 @@ def cumulative(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-@pytest.mark.parametrize("backend", ["standard", "tiled"])
+@pytest.mark.parametrize("backend", ["standard", "tiled", "tiles"], indirect=True)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_each_sequence_alone(options: dict[str, Any], backend: str) -> None:
     options = dict(options)

@@ -6,6 +6,7 @@ tensors, the spec and its own config; it never sees modules, masks as objects or
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -98,10 +99,11 @@ class Backend(Protocol):
 def ordered_strides(x: Tensor, last: int) -> tuple[int, ...]:
     """Strides of gap-free memory for x's first three dims and `last` columns, in the order of x's own strides.
 
-    So an output or gradient of a [B, S, H, D] caller's transposed view is contiguous again for that caller.
+    So an output or gradient of a [B, S, H, D] caller's transposed view is contiguous again for that caller. Expanded
+    dims (stride 0) come outermost, as in a contiguous tensor.
     """
     strides, step = [0, 0, 0, 1], last
-    for dim in sorted(range(3), key=lambda d: (x.stride(d), -d)):
+    for dim in sorted(range(3), key=lambda d: (x.stride(d) or math.inf, -d)):
         strides[dim] = step
         step *= max(1, x.shape[dim])
     return tuple(strides)

@@ -2,8 +2,8 @@
 
 ATen's kernel takes grouped heads and an additive mask and returns the LSE, and its backward accepts any global
 (out, lse), so it serves as the engine of one tile as well as of a whole call. Its edges, seen in 2.11 to 2.13: D = Dv
-only, causal is aligned top-left, a row that sees nothing gets LSE 0, no rows or no keys end the process, and the
-backward knows no dLSE.
+only, causal is aligned top-left and gives NaN for a scale of 0 or less, a row that sees nothing gets LSE 0, no rows or
+no keys end the process, and the backward knows no dLSE.
 """
 
 from __future__ import annotations
@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tilewise.spec import AttentionSpec
+
 NEG_INF = float("-inf")
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def takes_causal(spec: AttentionSpec) -> bool:
+    """Whether the restrictions of `spec` are just the kernel's own causal mask."""
+    return spec.reach == (None, 0) and spec.mask is None and spec.offset == 0 and spec.scale > 0.0
 
 
 def widen(x: Tensor, dim: int) -> Tensor:
@@ -38,7 +45,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, N, Dv] and lse [B, H, N] (−∞ in rows that see nothing) for N, M ≥ 1.
 
-    `additive` broadcasts to [B, H, N, M] in q's dtype; `causal` allows j ≤ i.
+    `additive` broadcasts to [B, H, N, M], in q's dtype or float32; `causal` allows j ≤ i.
     """
     dim = max(q.shape[-1], v.shape[-1])
     wide = widen(q, dim), widen(k, dim), widen(v, dim)
@@ -63,7 +70,10 @@ def backward(
     """dq, dk, dv of these rows and keys, where out and lse may come from a softmax over more keys than these."""
     dim_v = v.shape[-1]
     dim = max(q.shape[-1], dim_v if dlse is None else dim_v + 1)
-    lse = lse.masked_fill(lse == NEG_INF, 0.0)
+    empty = lse == NEG_INF
+    if empty.any():
+        # Whatever arrives from rows that saw nothing, NaN too, must not reach the others.
+        lse, dout = lse.masked_fill(empty, 0.0), dout.masked_fill(empty[..., None], 0.0)
     if dlse is None:
         dout, out = widen(dout, dim), widen(out, dim)
     else:

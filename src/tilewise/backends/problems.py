@@ -11,12 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tilewise.backends.base import Operands
+from tilewise.errors import bad_value
 from tilewise.masks import TILE, Causal, Mask, TileMap, Window, tile_map
 from tilewise.masks.tensors import unpack
 from tilewise.spec import AttentionSpec
@@ -51,9 +53,10 @@ class Problem(NamedTuple):
         """The part of a [B, Hkv, M, ...] tensor of the whole call that belongs to this problem's keys."""
         return x[self.batch, self.kv_heads, self.keys]
 
-    def at_batch(self, b: int) -> Problem:
-        part = slice(b, b + 1)
-        return self._replace(q=self.q[part], k=self.k[part], v=self.v[part], batch=part, indices=range(b, b + 1))
+    def at_batch(self, start: int, stop: int) -> Problem:
+        """The batch entries start … stop of a problem that holds the whole batch."""
+        part = slice(start, stop)
+        return self._replace(q=self.q[part], k=self.k[part], v=self.v[part], batch=part, indices=range(start, stop))
 
     def at_head(self, h: int, group: int) -> Problem:
         head, kv_head = slice(h, h + 1), slice(h // group, h // group + 1)
@@ -195,11 +198,12 @@ def _remember(cache: dict[object, Tensor], key: object, make: Callable[[], Tenso
 
 def restriction(operands: Operands, spec: AttentionSpec) -> Mask | None:
     """Causal, window and mask of the call as one mask value, or None when every key is visible."""
+    reach = spec.reach
     parts: list[Mask] = []
-    if spec.causal:
+    if reach == (None, 0):
         parts.append(Causal())
-    if spec.windowed:
-        parts.append(Window(*spec.window))
+    elif reach != (None, None):
+        parts.append(Window(*reach))
     if spec.mask is not None:
         parts.append(unpack(spec.mask, operands.mask_tensors))
     return reduce(operator.and_, parts) if parts else None
@@ -213,6 +217,8 @@ def sequences(operands: Operands, spec: AttentionSpec) -> Iterator[Problem]:
     fixed = spec.q_offset if isinstance(spec.q_offset, int) else None
     if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:
         starts_q, starts_k = operands.cu_seqlens_q.tolist(), operands.cu_seqlens_k.tolist()
+        check_ends("cu_seqlens_q", starts_q, q.shape[2])
+        check_ends("cu_seqlens_k", starts_k, k.shape[2])
         for s in range(spec.batch):
             rows, keys = slice(starts_q[s], starts_q[s + 1]), slice(starts_k[s], starts_k[s + 1])
             aligned = (keys.stop - keys.start) - (rows.stop - rows.start)
@@ -226,7 +232,17 @@ def sequences(operands: Operands, spec: AttentionSpec) -> Iterator[Problem]:
         yield whole
         return
     for b in range(spec.batch):
-        yield whole.at_batch(b)._replace(offset=offsets[b])
+        yield whole.at_batch(b, b + 1)._replace(offset=offsets[b])
+
+
+def check_ends(name: str, ends: list[int], total: int) -> None:
+    """Raises ValueError unless the cumulative lengths rise from 0 to the number of tokens."""
+    if ends[0] != 0:
+        raise bad_value(name, f"first value {ends[0]}", "0", "prepend a 0 to the cumulative sum of the lengths")
+    if any(b < a for a, b in pairwise(ends)):
+        raise bad_value(name, ends, "values that never fall", "pass the cumulative sum of the lengths")
+    if ends[-1] != total:
+        raise bad_value(name, f"last value {ends[-1]}", f"the number of tokens, {total}")
 
 
 def tiled_problems(operands: Operands, spec: AttentionSpec) -> Iterator[tuple[Problem, RowTiles | None]]:
@@ -234,12 +250,12 @@ def tiled_problems(operands: Operands, spec: AttentionSpec) -> Iterator[tuple[Pr
     mask = restriction(operands, spec)
     for whole in sequences(operands, spec):
         n, m = whole.q.shape[2], whole.k.shape[2]
-        if n == 0 or m == 0 or mask is None:
+        if mask is None or 0 in (n, m, whole.q.shape[0]):
             yield whole, None
             continue
         tiles = tile_map(mask, n, m, offset=whole.offset, heads=spec.heads)
         alone = tiles.batch == 1 or len(whole.indices) == 1
-        for problem in [whole] if alone else [whole.at_batch(b) for b in whole.indices]:
+        for problem in [whole] if alone else [whole.at_batch(b, b + 1) for b in whole.indices]:
             first = min(problem.indices.start, tiles.batch - 1) * tiles.heads * tiles.q_tiles
             if tiles.heads == 1:
                 yield problem, RowTiles(tiles, first)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tilewise.backends.base import Gradients, Needs, Operands
 from tilewise.backends.philox import keep_mask
-from tilewise.backends.problems import Problem
+from tilewise.backends.problems import Problem, allowed_pairs
+from tilewise.masks import Mask
 from tilewise.reference.softmax import accumulator_dtype
 from tilewise.spec import AttentionSpec
 
@@ -152,6 +153,17 @@ class ScoreBlocks:
             alibi = self._slopes * self._distance(rows, keys).abs().neg().to(self.dtype)
             total = alibi if total is None else total + alibi
         return total
+
+    def dense_additive(self, mask: Mask | None) -> Tensor | None:
+        """Biases and mask of the whole problem as one N×M tensor that broadcasts to [B, H, N, M], or None."""
+        n, m = self.problem.q.shape[2], self.problem.k.shape[2]
+        total = self.additive(range(n), range(m))
+        if total is not None:
+            total = total.expand(*total.shape[:2], n, m)
+        if mask is None:
+            return total
+        zero = torch.zeros((), dtype=self.dtype, device=self.problem.q.device)
+        return torch.where(allowed_pairs(self.problem, mask, self.spec), zero if total is None else total, NEG_INF)
 
     def scores(self, q: Tensor, rows: range, keys: range, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The masked scores [B, H, rows, keys] and, with a soft cap, tanh(scale·q·k / c), which its gradient needs."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tilewise.backends import cpu_flash
 from tilewise.backends.base import Gradients, Needs, Operands
-from tilewise.backends.problems import allowed_pairs, restriction, sequences
+from tilewise.backends.problems import restriction, sequences
+from tilewise.backends.scores import ScoreBlocks
 from tilewise.spec import AttentionSpec
 
 Engine = Literal["cpu", "cuda"]
@@ -21,22 +22,12 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 
 
-def _offset(spec: AttentionSpec) -> int:
-    return spec.q_offset if isinstance(spec.q_offset, int) else spec.k_len - spec.q_len
-
-
 def _additive(operands: Operands, spec: AttentionSpec) -> tuple[Tensor | None, bool]:
     """(additive mask or None, ATen's own causal flag): the dense form of everything that is not plain attention."""
-    aligned = spec.causal and _offset(spec) == 0 and spec.mask is None and not spec.windowed and spec.bias is None
-    mask = None if aligned else restriction(operands, spec)
-    bias = None if operands.bias is None else operands.bias.to(operands.q.dtype)
-    if bias is not None:
-        bias = bias.expand(*bias.shape[:2], spec.q_len, spec.k_len)
-    if mask is None:
-        return bias, aligned
-    allowed = allowed_pairs(next(sequences(operands, spec)), mask, spec)
-    zeros = operands.q.new_zeros(()) if bias is None else bias
-    return torch.where(allowed, zeros, float("-inf")), False
+    if cpu_flash.takes_causal(spec) and spec.bias is None:
+        return None, True
+    blocks = ScoreBlocks(next(sequences(operands, spec)), operands, spec)
+    return blocks.dense_additive(restriction(operands, spec)), False
 
 
 class Sdpa:
@@ -75,9 +66,9 @@ class Sdpa:
             return f"PyTorch's FlashAttention-2 wants float16 or bfloat16, not {spec.dtype}"
         if spec.head_dim > 256 or spec.head_dim % 8:
             return f"PyTorch's FlashAttention-2 wants a head dim up to 256 that 8 divides, not {spec.head_dim}"
-        if spec.mask is not None or spec.bias is not None or spec.windowed:
+        if spec.mask is not None or spec.bias is not None or spec.reach[0] is not None:
             return "PyTorch's FlashAttention-2 has no mask, bias or window"
-        if spec.causal and (_offset(spec) != 0 or spec.q_len != spec.k_len):
+        if spec.reach[1] is not None and (spec.reach[1] != 0 or spec.offset != 0 or spec.q_len != spec.k_len):
             return "PyTorch's FlashAttention-2 has causal masks for N = M and no offset only"
         return None
 
@@ -88,7 +79,7 @@ class Sdpa:
         q, k, v = operands.q, operands.k, operands.v
         if config == "cpu":
             return cpu_flash.forward(q, k, v, spec.scale, *_additive(operands, spec))
-        out, lse = _flash(q, k, v, 0.0, spec.causal, False, scale=spec.scale)[:2]
+        out, lse = _flash(q, k, v, 0.0, spec.reach[1] is not None, False, scale=spec.scale)[:2]
         return out, lse
 
     def backward(
@@ -114,7 +105,7 @@ class Sdpa:
         nothing = torch.empty(0, dtype=torch.int32, device=q.device)
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
         lengths = (nothing, nothing, spec.q_len, spec.k_len)
-        rest = (0.0, spec.causal, no_dropout, no_dropout[:0])
+        rest = (0.0, spec.reach[1] is not None, no_dropout, no_dropout[:0])
         grads = _flash_backward(dout, q, k, v, out, lse, *lengths, *rest, scale=spec.scale)
         return Gradients(*(grad[..., :dim] for grad in grads))
 

@@ -74,12 +74,14 @@ class Standard:
         totals = Totals.zeros(operands, needs)
         for whole in _wholes(operands, spec):
             problem, blocks = whole.problem, whole.blocks
-            dout_rows, lse_rows = problem.of_rows(dout).to(blocks.dtype), problem.of_rows(lse)
+            lse_rows = problem.of_rows(lse)
+            empty = (lse_rows == NEG_INF)[..., None]
+            dout_rows = problem.of_rows(dout).to(blocks.dtype).masked_fill(empty, 0.0)
             dlse_rows = None if dlse is None else problem.of_rows(dlse)
             delta = delta_rows(dout_rows, dlse_rows, problem.of_rows(out).to(blocks.dtype))
             if totals.sink is not None and blocks.sink is not None:
                 totals.sink.add_(sink_gradient(blocks.sink, lse_rows, delta))
-            lse_safe = lse_rows.masked_fill(lse_rows == NEG_INF, float("inf"))[..., None]
+            lse_safe = lse_rows[..., None].masked_fill(empty, float("inf"))
             args = whole.q, dout_rows, delta, lse_safe, whole.rows, whole.keys, whole.allowed, totals
             problem.of_rows(dq).copy_(blocks.backward(*args))
         return totals.gradients(dq, operands)

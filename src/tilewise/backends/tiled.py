@@ -1,10 +1,11 @@
 """Attention in O(N) memory in plain PyTorch: FlashAttention's loop over tiles, every feature, any device, float64 too.
 
-Query tiles outside, the keys they can see inside; tiles that see nothing are never visited. Three engines serve:
+Query tiles outside, the keys they can see inside; tiles that see nothing are never visited. Four engines serve:
 
 - `whole`: the entire call is one call of ATen's fused CPU kernel;
+- `dense`: that, with restrictions and biases as one N×M mask, where that is small;
 - `flash`: that kernel on each query tile with the keys it can see, gathered, under one shared tile mask; what comes in
-  several chunks is merged. Tiles are computed in float32 (float64 for float64);
+  several chunks is merged, in float32 (float64 for float64);
 - `plain`: score blocks written out (scores.py), for every feature and every device.
 
 The forward is Dao, FlashAttention-2 (2023), algorithm 1; the backward recomputes P from the LSE (its algorithm 2).
@@ -20,7 +21,16 @@ from torch import Tensor
 
 from tilewise.backends import cpu_flash
 from tilewise.backends.base import Gradients, Needs, Operands, empty_ordered, empty_output
-from tilewise.backends.problems import Chunk, ChunkMasks, Problem, RowTiles, chunks, tiled_problems
+from tilewise.backends.problems import (
+    Chunk,
+    ChunkMasks,
+    Problem,
+    RowTiles,
+    chunks,
+    restriction,
+    sequences,
+    tiled_problems,
+)
 from tilewise.backends.scores import NEG_INF, ScoreBlocks, Totals, delta_rows, sink_gradient
 from tilewise.masks import TILE
 from tilewise.reference.softmax import finish, merge, merge_sink, shift_of
@@ -28,24 +38,40 @@ from tilewise.spec import AttentionSpec
 
 PLAIN_ELEMENTS = 2**24
 """Scores that a plain tile may hold: 64 MiB in float32."""
+DENSE_ELEMENTS = 2**22
+"""B·H·N·M up to which one N×M mask costs less than walking tiles: at most 16 MiB."""
 FLASH_KEYS = 4096
 """Keys per flash chunk: a tile mask stays within the cache (128 × 4096 float32 = 2 MiB)."""
 
+Engine = Literal["whole", "dense", "flash", "plain"]
+
 
 class TileConfig(NamedTuple):
-    engine: Literal["whole", "flash", "plain"]
+    engine: Engine
     block_m: int
     block_n: int
+    batch: int
+    """Batch entries that are computed at once."""
 
 
-def choose_engine(spec: AttentionSpec) -> Literal["whole", "flash", "plain"]:
+def choose_engine(spec: AttentionSpec) -> Engine:
     if spec.device != "cpu" or spec.softcap is not None or spec.dropout > 0.0 or spec.relative is not None:
         return "plain"
-    top_left = (spec.k_len - spec.q_len if spec.q_offset is None else spec.q_offset) == 0
-    added = spec.bias is not None or spec.alibi or spec.mask is not None or spec.windowed
-    if added or spec.packed or 0 in (spec.batch, spec.q_len, spec.k_len) or (spec.causal and not top_left):
+    if spec.packed or spec.q_offset == "tensor" or 0 in (spec.batch, spec.q_len, spec.k_len):
         return "flash"
-    return "whole"
+    added = spec.bias is not None or spec.alibi or spec.mask is not None
+    if not added and (spec.reach == (None, None) or cpu_flash.takes_causal(spec)):
+        return "whole"
+    small = spec.batch * spec.heads * spec.q_len * spec.k_len <= DENSE_ELEMENTS
+    return "dense" if small else "flash"
+
+
+def plain_config(spec: AttentionSpec) -> TileConfig:
+    """Tile shapes for which no more than about PLAIN_ELEMENTS scores exist at once."""
+    block_m = min(512, max(1, spec.q_len))
+    batch = 1 if spec.packed else max(1, min(spec.batch, PLAIN_ELEMENTS // (max(1, spec.heads) * block_m * TILE)))
+    block_n = PLAIN_ELEMENTS // (block_m * max(1, spec.heads) * batch) // TILE * TILE
+    return TileConfig("plain", block_m, max(TILE, min(FLASH_KEYS, block_n)), batch)
 
 
 class _Tile(NamedTuple):
@@ -81,24 +107,32 @@ class _Tile(NamedTuple):
             total = masked if total is None else total + masked
         return total
 
-    def gather(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The chunk's keys and values, in accumulator precision; one range is a view."""
-        parts = [(self.blocks.k_rows(piece), self.blocks.v_rows(piece)) for piece in chunk.pieces]
-        if len(parts) == 1:
-            return parts[0]
-        k_parts, v_parts = zip(*parts, strict=True)
-        return torch.cat(k_parts, dim=2), torch.cat(v_parts, dim=2)
+    def gather(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The chunk's keys and values in `dtype`; one range in that dtype is a view."""
+        k, v = ([x[:, :, piece.start : piece.stop] for piece in chunk.pieces] for x in (self.problem.k, self.problem.v))
+        if len(chunk.pieces) == 1:
+            return k[0].to(dtype), v[0].to(dtype)
+        return torch.cat(k, dim=2).to(dtype), torch.cat(v, dim=2).to(dtype)
 
 
 def _tiles(operands: Operands, spec: AttentionSpec, config: TileConfig) -> Iterator[_Tile]:
-    for problem, row_tiles in tiled_problems(operands, spec):
-        n, m = problem.q.shape[2], problem.k.shape[2]
-        blocks = ScoreBlocks(problem, operands, spec)
-        masks = None if row_tiles is None else ChunkMasks(row_tiles.tile_map, problem.q.device, blocks.dtype)
+    for whole, row_tiles in tiled_problems(operands, spec):
+        n, m = whole.q.shape[2], whole.k.shape[2]
         block_m = config.block_m if row_tiles is None else TILE
-        for start in range(0, n, block_m):
-            rows = range(start, min(start + block_m, n))
-            yield _Tile(problem, blocks, masks, rows, _chunks_of(row_tiles, start // TILE, m, config))
+        for problem in _batches(whole, config.batch):
+            blocks = ScoreBlocks(problem, operands, spec)
+            masks = None if row_tiles is None else ChunkMasks(row_tiles.tile_map, problem.q.device, blocks.dtype)
+            for start in range(0, n, block_m):
+                rows = range(start, min(start + block_m, n))
+                yield _Tile(problem, blocks, masks, rows, _chunks_of(row_tiles, start // TILE, m, config))
+
+
+def _batches(problem: Problem, size: int) -> Iterator[Problem]:
+    if len(problem.indices) <= size:
+        yield problem
+        return
+    for start in range(0, len(problem.indices), size):
+        yield problem.at_batch(start, min(start + size, len(problem.indices)))
 
 
 def _chunks_of(row_tiles: RowTiles | None, tile: int, m: int, config: TileConfig) -> list[Chunk]:
@@ -107,10 +141,14 @@ def _chunks_of(row_tiles: RowTiles | None, tile: int, m: int, config: TileConfig
     return list(chunks(row_tiles.visits(tile, m), config.block_n, contiguous=config.engine == "plain"))
 
 
-def _forward_flash(tile: _Tile, q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _forward_flash(tile: _Tile, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    # What will be merged must not be rounded to half precision first.
+    alone = len(tile.chunks) == 1 and tile.blocks.sink is None
+    dtype = tile.problem.q.dtype if alone else tile.blocks.dtype
+    q = tile.problem.q[:, :, tile.rows.start : tile.rows.stop].to(dtype)
     out, lse = None, None
     for chunk in tile.chunks:
-        k, v = tile.gather(chunk)
+        k, v = tile.gather(chunk, dtype)
         part = cpu_flash.forward(q, k, v, spec.scale, tile.additive(chunk))
         out, lse = part if out is None or lse is None else merge(out, lse, *part)
     if out is None or lse is None:
@@ -118,7 +156,8 @@ def _forward_flash(tile: _Tile, q: Tensor, spec: AttentionSpec) -> tuple[Tensor,
     return out, lse
 
 
-def _forward_plain(tile: _Tile, q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _forward_plain(tile: _Tile, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    q = tile.blocks.q_rows(tile.rows)
     m = q.new_full(q.shape[:3], NEG_INF)
     l = torch.zeros_like(m)
     acc = q.new_zeros(*q.shape[:3], spec.v_head_dim)
@@ -143,21 +182,17 @@ class Tiled:
 
     def configure(self, spec: AttentionSpec) -> TileConfig:
         engine = choose_engine(spec)
-        if engine != "plain":
-            return TileConfig(engine, 512, FLASH_KEYS)
-        block_m = min(512, max(1, spec.q_len))
-        at_once = block_m * spec.heads * (1 if spec.packed else max(1, spec.batch))
-        block_n = max(TILE, min(FLASH_KEYS, PLAIN_ELEMENTS // at_once // TILE * TILE))
-        return TileConfig(engine, block_m, block_n)
+        return plain_config(spec) if engine == "plain" else TileConfig(engine, 512, FLASH_KEYS, max(1, spec.batch))
 
     def forward(self, operands: Operands, spec: AttentionSpec, config: TileConfig) -> tuple[Tensor, Tensor]:
-        if config.engine == "whole":
-            out, lse = cpu_flash.forward(operands.q, operands.k, operands.v, spec.scale, causal=spec.causal)
+        if config.engine in ("whole", "dense"):
+            additive, causal = _whole_mask(operands, spec, config)
+            out, lse = cpu_flash.forward(operands.q, operands.k, operands.v, spec.scale, additive, causal)
             return (out, lse) if operands.sink is None else merge_sink(out, lse, operands.sink)
         out, lse = empty_output(operands)
         forward_tile = _forward_flash if config.engine == "flash" else _forward_plain
         for tile in _tiles(operands, spec, config):
-            part = forward_tile(tile, tile.blocks.q_rows(tile.rows), spec)
+            part = forward_tile(tile, spec)
             if tile.blocks.sink is not None:
                 part = merge_sink(*part, tile.blocks.sink)
             tile.of(out).copy_(part[0])
@@ -176,20 +211,24 @@ class Tiled:
         needs: Needs,
     ) -> Gradients:
         if needs.bias:
-            config = config._replace(engine="plain")
-        if config.engine == "whole":
-            return self._backward_whole(dout, dlse, operands, out, lse, spec, needs)
+            config = plain_config(spec)
+        if config.engine in ("whole", "dense"):
+            return _backward_whole(dout, dlse, operands, out, lse, spec, config, needs)
         dq = empty_ordered(operands.q, spec.head_dim)
         totals = Totals.zeros(operands, needs)
         for tile in _tiles(operands, spec, config):
-            q, dout_tile = tile.blocks.q_rows(tile.rows), tile.of(dout).to(tile.blocks.dtype)
-            out_tile, lse_tile = tile.of(out).to(tile.blocks.dtype), tile.of(lse)
+            lse_tile = tile.of(lse)
+            empty = (lse_tile == NEG_INF)[..., None]
+            # Whatever arrives from rows that saw nothing, NaN too, must not reach the others.
+            dout_tile = tile.of(dout).to(tile.blocks.dtype).masked_fill(empty, 0.0)
+            out_tile = tile.of(out).to(tile.blocks.dtype)
             dlse_tile = None if dlse is None else tile.of(dlse)
             delta = delta_rows(dout_tile, dlse_tile, out_tile)
             if totals.sink is not None and tile.blocks.sink is not None:
                 totals.sink[tile.problem.heads].add_(sink_gradient(tile.blocks.sink, lse_tile, delta))
+            q = tile.blocks.q_rows(tile.rows)
             dq_tile = torch.zeros_like(q)
-            lse_safe = lse_tile.masked_fill(lse_tile == NEG_INF, float("inf"))[..., None]
+            lse_safe = lse_tile[..., None].masked_fill(empty, float("inf"))
             for chunk in tile.chunks:
                 if config.engine == "flash":
                     cotangents = dout_tile, dlse_tile
@@ -200,23 +239,33 @@ class Tiled:
             tile.of(dq).copy_(dq_tile)
         return totals.gradients(dq, operands)
 
-    def _backward_whole(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        operands: Operands,
-        out: Tensor,
-        lse: Tensor,
-        spec: AttentionSpec,
-        needs: Needs,
-    ) -> Gradients:
-        q, k, v = operands.q, operands.k, operands.v
-        dq, dk, dv = cpu_flash.backward(dout, dlse, q, k, v, out, lse, spec.scale, causal=spec.causal)
-        dsink = None
-        if operands.sink is not None and needs.sink:
-            delta = delta_rows(dout.to(lse.dtype), dlse, out.to(lse.dtype))
-            dsink = sink_gradient(operands.sink.to(lse.dtype), lse, delta).to(operands.sink.dtype)
-        return Gradients(dq, dk, dv, sink=dsink)
+
+def _whole_mask(operands: Operands, spec: AttentionSpec, config: TileConfig) -> tuple[Tensor | None, bool]:
+    """(additive mask, causal flag) for one call of the fused kernel."""
+    if config.engine == "whole":
+        return None, spec.reach != (None, None)
+    blocks = ScoreBlocks(next(sequences(operands, spec)), operands, spec)
+    return blocks.dense_additive(restriction(operands, spec)), False
+
+
+def _backward_whole(
+    dout: Tensor,
+    dlse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    config: TileConfig,
+    needs: Needs,
+) -> Gradients:
+    q, k, v = operands.q, operands.k, operands.v
+    additive, causal = _whole_mask(operands, spec, config)
+    dq, dk, dv = cpu_flash.backward(dout, dlse, q, k, v, out, lse, spec.scale, additive, causal)
+    dsink = None
+    if operands.sink is not None and needs.sink:
+        delta = delta_rows(dout.to(lse.dtype), dlse, out.to(lse.dtype))
+        dsink = sink_gradient(operands.sink.to(lse.dtype), lse, delta).to(operands.sink.dtype)
+    return Gradients(dq, dk, dv, sink=dsink)
 
 
 def _backward_flash(
@@ -231,7 +280,7 @@ def _backward_flash(
     totals: Totals,
 ) -> Tensor:
     """Add the chunk's dk and dv to `totals` and return its share of dq."""
-    k, v = tile.gather(chunk)
+    k, v = tile.gather(chunk, q.dtype)
     dq, dk, dv = cpu_flash.backward(dout, dlse, q, k, v, out, lse, spec.scale, tile.additive(chunk))
     start = 0
     for piece in chunk.pieces:

@@ -12,6 +12,7 @@ import multiprocessing
 import resource
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,8 @@ class Pattern(NamedTuple):
 
     mask: tilewise.masks.Mask
     dense: Tensor
-    index: Tensor
+    blocks: Tensor
+    """[query blocks, key blocks seen]: which ones."""
 
 
 class Row(NamedTuple):
@@ -61,7 +63,7 @@ def call_of(method: str, pattern: Pattern) -> Callable[[Tensor, Tensor, Tensor],
     if method == "dense, then mask":
         return partial(scaled_dot_product_attention, attn_mask=pattern.dense)
     if method == "gather":
-        return lambda q, k, v: block_sparse_attention(q, k, v, pattern.index, BLOCK).out
+        return lambda q, k, v: block_sparse_attention(q, k, v, pattern.blocks, BLOCK).out
     return lambda q, k, v: tilewise.attention(q, k, v, pattern.mask)
 
 
@@ -114,9 +116,7 @@ def _peak_bytes(method: str, length: int, heads: int, head_dim: int, sparsity: f
     return peak
 
 
-def _report_peak(
-    sender: multiprocessing.connection.Connection, method: str, length: int, heads: int, head_dim: int, sparsity: float
-) -> None:
+def _report_peak(sender: Connection, method: str, length: int, heads: int, head_dim: int, sparsity: float) -> None:
     small, pattern = inputs_of(2 * BLOCK, heads, head_dim), pattern_of(length, sparsity)
     forward_backward(call_of(method, pattern_of(2 * BLOCK, sparsity)), small)
     call, inputs = call_of(method, pattern), inputs_of(length, heads, head_dim)

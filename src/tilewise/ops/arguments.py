@@ -34,6 +34,19 @@ class Options(TypedDict, total=False):
     backend: str
 
 
+class DenseOptions(Options, total=False):
+    """`Options` and the layout, which packed tensors do not have."""
+
+    layout: str
+
+
+def known(function: str, options: Options) -> None:
+    """Raises TypeError for an option that nobody takes, in the caller's name."""
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"{function}() has no argument {name!r}")
+
+
 class Packed(NamedTuple):
     """Where the sequences of a packed batch lie."""
 
@@ -70,10 +83,22 @@ class Arguments(NamedTuple):
     dropout: float
     deterministic: bool
     bias_grad: bool
+    traced: bool
+    """The call belongs to a compiled graph, which may put new values into a tensor without PyTorch counting it."""
     backend: str
 
     def operands(self) -> Operands:
-        return Operands(*self[:11], mask_tensors=tuple(self.mask_tensors))
+        tensors = self.mask_tensors
+        if tensors and (self.traced or (self.q.is_cuda and torch.cuda.is_current_stream_capturing())):
+            # Tile maps are cached by the identity of such a tensor; a copy has one of its own.
+            tensors = [tensor.clone() for tensor in tensors]
+        return Operands(*self[:11], mask_tensors=tuple(tensors))
+
+    def seeded(self) -> Arguments:
+        """With the dropout seed drawn from PyTorch's generator, if there is dropout."""
+        if self.dropout == 0.0:
+            return self
+        return self._replace(seed=torch.randint(2**62, (1,), dtype=torch.int64, device=self.q.device))
 
     def signature(self) -> tuple[object, ...]:
         """All that the spec depends on, cheap to take and to hash; `describe` turns it into the spec."""
@@ -181,9 +206,13 @@ def build(
 ) -> Arguments:
     """The op's arguments for q [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, Dv] whose shapes are checked already.
 
+    Nothing is drawn or computed: the seed of dropout is still missing (`seeded`).
+
     Raises ValueError, TypeError or UnsupportedError for any other bad argument.
     """
     check_name(backend)
+    checks.flag("causal", causal)
+    checks.flag("deterministic", deterministic)
     heads = q.shape[1]
     batch = q.shape[0] if packed is None else packed.cu_seqlens_q.shape[0] - 1
     left, right = checks.window_pair(window)
@@ -202,6 +231,9 @@ def build(
         bias = _four_dims("bias", bias, q, k, packed)
     if alibi is not None:
         checks.per_head("alibi", alibi, q, heads, batch)
+        if alibi.requires_grad and torch.is_grad_enabled():
+            fix = "alibi.detach(), or biases.Relative for a bias by distance that learns"
+            raise bad_value("alibi", "a tensor that requires grad", "slopes that are constants", fix)
         alibi = alibi.detach().to(torch.float32).reshape(-1, heads)
     if sink is not None:
         checks.per_head("sink", sink, q, heads)
@@ -212,14 +244,14 @@ def build(
             checks.boolean_mask(mask)
             expression, mask_tensors = DENSE_TENSOR, [_four_dims("mask", mask, q, k, packed)]
         elif isinstance(mask, Mask):
+            checks.mask_value(mask, batch, heads, None if packed else (q.shape[2], k.shape[2]))
             expression, mask_tensors = pack(mask)
         else:
             raise bad_type("mask", mask, "a boolean tensor, True = attend, or a mask value")
-    q, k, v = (_unit_stride(x) for x in _autocast(q, k, v))
     return Arguments(
-        q=q,
-        k=k,
-        v=v,
+        q=_unit_stride(q),
+        k=_unit_stride(k),
+        v=_unit_stride(v),
         bias=bias,
         relative=relative,
         alibi=alibi,
@@ -227,10 +259,10 @@ def build(
         q_offset=q_offset if isinstance(q_offset, Tensor) else None,
         cu_seqlens_q=None if packed is None else packed.cu_seqlens_q,
         cu_seqlens_k=None if packed is None else packed.cu_seqlens_k,
-        seed=torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if dropout > 0.0 else None,
+        seed=None,
         mask_tensors=mask_tensors,
         mask=expression,
-        causal=bool(causal),
+        causal=causal,
         left=left,
         right=right,
         offset=None if isinstance(q_offset, Tensor) else q_offset,
@@ -239,8 +271,9 @@ def build(
         scale=scale,
         softcap=softcap,
         dropout=float(dropout),
-        deterministic=bool(deterministic),
+        deterministic=deterministic,
         bias_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        traced=torch.compiler.is_compiling(),
         backend=backend,
     )
 
@@ -264,9 +297,9 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in the autocast dtype where autocast is on; float64 is left alone, as in PyTorch."""
-    if q.dtype == torch.float64 or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+def autocast(x: Tensor) -> Tensor:
+    """x in the autocast dtype where autocast is on for its device; float64 is left alone, as in PyTorch."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

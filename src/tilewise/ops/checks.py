@@ -6,7 +6,6 @@ Values that live on a GPU are not read (that would stall the stream): there shap
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewise.backends.problems import check_ends
 from tilewise.errors import bad_type, bad_value
+from tilewise.masks import Mask
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT32_MAX = 3.4028234663852886e38
+INT32_MAX = 2**31 - 1
 LAYOUTS = ("bhsd", "bshd")
 
 
@@ -38,11 +41,16 @@ def same_place(name: str, tensor: Tensor, q: Tensor) -> None:
         raise bad_value(name, f"device {tensor.device}", f"q's device {q.device}", f"{name} = {name}.to(q.device)")
 
 
-def qkv(q: Any, k: Any, v: Any, rank: int) -> None:
-    """Types, ranks, dtypes and devices of q, k and v: what every layout shares."""
-    is_float("q", q)
-    is_float("k", k)
-    is_float("v", v)
+def floats(q: Any, k: Any, v: Any) -> None:
+    """Strided floating-point tensors."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        is_float(name, tensor)
+        if tensor.layout != torch.strided:
+            raise bad_type(name, f"layout {tensor.layout}", "a strided tensor", f"{name}.to_dense()")
+
+
+def qkv(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
+    """Ranks, dtypes and devices of q, k and v: what every layout shares."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != rank:
             want = "[B, H, N, D] or, with layout='bshd', [B, N, H, D]" if rank == 4 else "[tokens, heads, dim]"
@@ -82,7 +90,9 @@ def _shape_problem(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> tupl
         return "v", f"{v[1]} heads", f"k's {k[1]} heads"
     if v[2] != k[2]:
         return "v", f"length {v[2]}", f"k's length {k[2]}"
-    if k[1] == 0 or q[1] % k[1] != 0:
+    if k[1] == 0:
+        return "k", "0 heads", "at least 1 head"
+    if q[1] % k[1] != 0:
         return "k", f"{k[1]} heads", f"a number of heads that divides q's {q[1]} heads"
     return None
 
@@ -98,16 +108,35 @@ def finite(name: str, value: Any, *, positive: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise bad_type(name, value, "a number", f"{name}.item()" if isinstance(value, Tensor) else None)
-    if isinstance(value, int | float) and not math.isfinite(value):
-        raise bad_value(name, value, "a finite number")
+    if torch.compiler.is_compiling():
+        return  # the value may be symbolic; the first call was checked, or eager would be
+    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
+        raise bad_value(name, value, "a finite number within float32's range")
     if positive and value <= 0:
         raise bad_value(name, value, "a number above 0", f"leave out {name} for none")
 
 
 def probability(name: str, value: Any) -> None:
+    if value is None:
+        raise bad_type(name, value, "a number", f"{name}=0.0 for none")
     finite(name, value)
-    if not 0.0 <= value < 1.0:
+    if not torch.compiler.is_compiling() and not 0.0 <= value < 1.0:
         raise bad_value(name, value, "a probability in [0, 1)")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise bad_type(name, value, "True or False")
+
+
+def mask_value(mask: Mask, batch: int, heads: int, sizes: tuple[int, int] | None) -> None:
+    """Whether a mask's sequences, heads and, for a dense call, sizes are those of the call."""
+    if mask.batch not in (1, batch):
+        raise bad_value("mask", f"a mask of {mask.batch} sequences", f"one of 1 or B = {batch} sequences")
+    if mask.heads not in (None, 1, heads):
+        raise bad_value("mask", f"a mask of {mask.heads} heads", f"one of H = {heads} heads")
+    if sizes is not None and not torch.compiler.is_compiling():
+        mask.check(*sizes)
 
 
 def window_pair(window: Any) -> tuple[int | None, int | None]:
@@ -123,6 +152,8 @@ def window_pair(window: Any) -> tuple[int | None, int | None]:
             raise bad_type("window", side, "ints or None")
         if side < 0:
             raise bad_value("window", tuple(window), "sides of at least 0, or None for unlimited", "None, not -1")
+        if side > INT32_MAX:
+            raise bad_value("window", tuple(window), f"sides up to {INT32_MAX}, or None for unlimited")
     return window[0], window[1]
 
 
@@ -166,10 +197,13 @@ def offset(q_offset: Any, q: Tensor, batch: int) -> None:
     if isinstance(q_offset, Tensor):
         if q_offset.dtype != torch.int32 or tuple(q_offset.shape) != (batch,):
             got = f"{q_offset.dtype} of shape {list(q_offset.shape)}"
-            raise bad_value("q_offset", got, f"an int, or int32 of shape [B] = [{batch}]", "q_offset.to(torch.int32)")
+            fix = "q_offset.to(torch.int32)" if tuple(q_offset.shape) == (batch,) else None
+            raise bad_value("q_offset", got, f"an int, or int32 of shape [B] = [{batch}]", fix)
         same_place("q_offset", q_offset, q)
     elif isinstance(q_offset, bool) or not isinstance(q_offset, int | torch.SymInt):
         raise bad_type("q_offset", q_offset, "an int or an int32 tensor [B]")
+    elif not -INT32_MAX <= q_offset <= INT32_MAX:
+        raise bad_value("q_offset", q_offset, f"an int within ±{INT32_MAX}")
 
 
 def cu_seqlens(name: str, value: Any, q: Tensor, total: int, longest: Any) -> None:
@@ -187,12 +221,7 @@ def cu_seqlens(name: str, value: Any, q: Tensor, total: int, longest: Any) -> No
     if value.device.type != "cpu" or torch.compiler.is_compiling():
         return
     ends = value.tolist()
-    if ends[0] != 0:
-        raise bad_value(name, f"first value {ends[0]}", "0", "prepend a 0 to the cumulative sum of the lengths")
+    check_ends(name, ends, total)
     lengths = [b - a for a, b in pairwise(ends)]
-    if min(lengths) < 0:
-        raise bad_value(name, ends, "values that never fall", "pass the cumulative sum of the lengths")
-    if ends[-1] != total:
-        raise bad_value(name, f"last value {ends[-1]}", f"the number of tokens, {total}")
     if longest < max(lengths):
         raise bad_value(argument, longest, f"at least the longest sequence, {max(lengths)}")

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import replace
+from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
+from tilewise.errors import bad_value
 from tilewise.masks import Mask
 from tilewise.ops import checks
-from tilewise.ops.arguments import Arguments, Options, build
+from tilewise.ops.arguments import Arguments, DenseOptions, Options, autocast, build, known
 from tilewise.ops.biases import Relative
 from tilewise.ops.dispatch import Plan
 from tilewise.ops.library import attention_op, route
 from tilewise.spec import Window
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[DenseOptions],
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[DenseOptions],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -48,7 +78,7 @@ def attention(
         causal: allow keys j ≤ p.
         window: (left, right): allow p − left ≤ j ≤ p + right; None for an unlimited side.
         bias: a floating tensor broadcastable to [B, H, N, M], or `biases.Relative(values)`; both have a gradient.
-        alibi: slopes [H] or [B, H]: adds −slope·|p − j|.
+        alibi: slopes [H] or [B, H], constants: adds −slope·|p − j|.
         softcap: c > 0: scores become c·tanh(scale·q·k / c).
         sink: [H]: one more logit per head whose value row is zero; has a gradient.
         scale: of the scores; 1/√D by default.
@@ -91,7 +121,7 @@ def attention(
         deterministic=deterministic,
         backend=backend,
     )
-    out, lse = attention_op(*arguments)
+    out, lse = attention_op(*arguments.seeded())
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
@@ -115,9 +145,13 @@ def explain(
     Args and errors as for `attention`. The tensors are only looked at.
     """
     del return_lse  # every backend computes the LSE anyway
+    known("explain", options)
     arguments = _arguments(q, k, v, layout, mask=mask, causal=causal, window=window, **options)
+    if q.device.type == "meta":
+        fix = "q.expand(...) of one element on the device that you ask about needs no memory either"
+        raise bad_value("q", "device meta", "a device that something runs on", fix)
     plan, _ = route(arguments.signature(), arguments.backend)
-    return plan
+    return replace(plan, rejected=dict(plan.rejected))
 
 
 def _arguments(
@@ -132,6 +166,8 @@ def _arguments(
     **options: Unpack[Options],
 ) -> Arguments:
     checks.layout_name(layout)
+    checks.floats(q, k, v)
+    q, k, v = autocast(q), autocast(k), autocast(v)
     checks.qkv(q, k, v, rank=4)
     if layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

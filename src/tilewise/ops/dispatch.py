@@ -86,10 +86,10 @@ def choose(spec: AttentionSpec, backend: str = "auto", op: str = "attention") ->
     if backend != "auto":
         reason = "asked for by name"
     elif chosen == order[0]:
-        reason = f"the fastest on {spec.device}"
+        reason = f"the first choice on {spec.device}"
     else:
         missing = ", ".join(name for name in order[: order.index(chosen)])
-        reason = f"the fastest that can serve this on {spec.device}; faster ones that cannot: {missing}"
+        reason = f"the first choice on {spec.device} that can serve this; {missing} cannot"
         _log.info("attention runs on %s, not on %s: %s", chosen, order[0], obstacles[order[0]])
     return Plan(op, chosen, REGISTRY[op, chosen].configure(spec), reason, rejected, spec)
 
@@ -97,15 +97,16 @@ def choose(spec: AttentionSpec, backend: str = "auto", op: str = "attention") ->
 def _not_needed(name: str, chosen: str, spec: AttentionSpec, order: tuple[str, ...]) -> str:
     """Why a backend that could serve was passed over."""
     if order.index(name) < order.index(chosen):
-        return f"can serve this and is faster on {spec.device}, but {chosen} was asked for by name"
+        return f"can serve this and comes first on {spec.device}, but {chosen} was asked for by name"
     return f"can serve this, but {_slower(name, chosen, spec)}"
 
 
 def _slower(name: str, chosen: str, spec: AttentionSpec) -> str:
     if name == "standard":
         width = 8 if spec.dtype == "float64" else 4
-        scores = spec.batch * spec.heads * spec.q_len * spec.k_len * width
-        return f"builds the whole score matrix, {scores / 2**20:,.1f} MiB here"
+        kibibytes = spec.batch * spec.heads * spec.q_len * spec.k_len * width / 2**10
+        size = f"{kibibytes / 2**10:,.1f} MiB" if kibibytes >= 1024 else f"{kibibytes:,.1f} KiB"
+        return f"builds the whole score matrix, up to {size}"
     if name == "sdpa" and spec.device == "cpu":
-        return "tiled calls the same kernel, and only on tiles that something sees"
-    return f"{chosen} is faster on {spec.device}"
+        return "tiled calls the same kernel, where a mask is large only on tiles that something sees"
+    return f"{chosen} comes first on {spec.device}"

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
 
 from tilewise.backends.base import Backend, Needs, empty_ordered, empty_output, ordered_strides
@@ -23,7 +26,7 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? relative, Tensor? alibi, Tensor? sink, Tensor? q_offset, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, Tensor[] mask_tensors, str? mask, bool causal, "
     "SymInt? left, SymInt? right, SymInt? offset, SymInt q_len, SymInt k_len, float? scale, float? softcap, "
-    "float dropout, bool deterministic, bool bias_grad, str backend"
+    "float dropout, bool deterministic, bool bias_grad, bool traced, str backend"
 )
 
 _library = Library("tilewise", "DEF")
@@ -57,6 +60,8 @@ def _backward(
     arguments = Arguments(*args)
     plan, backend = route(arguments.signature(), arguments.backend)
     wanted = Needs(*needs)
+    if dlse is not None:  # a row that saw nothing has a constant LSE, whatever arrives there
+        dlse = dlse.masked_fill(lse == float("-inf"), 0.0)
     grads = backend.backward(dout, dlse, arguments.operands(), out, lse, plan.spec, plan.config, wanted)
     found: list[Tensor] = []
     for position, grad, want in zip(_DIFFERENTIABLE, grads, wanted, strict=True):
@@ -87,7 +92,7 @@ def _fake_backward(*all_args: Any) -> list[Tensor]:
     ]
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -118,7 +123,7 @@ class _Attention(torch.autograd.Function):
         return tuple(grads)
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -133,20 +138,59 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 def _autograd_forward(*args: Any) -> Any:
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(args)
     differentiable = torch.is_grad_enabled() and any(
         args[position] is not None and args[position].requires_grad for position in _DIFFERENTIABLE
     )
     if differentiable:
-        return _Attention.apply(*args)
+        return _apply(_Attention, args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.tilewise.attention.default(*args)
 
 
 def _autograd_backward(*args: Any) -> list[Tensor]:
     if torch.is_grad_enabled():
-        return list(_AttentionBackward.apply(*args))
+        return list(_apply(_AttentionBackward, args))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.tilewise.attention_backward.default(*args)
+
+
+def _apply(function: Any, args: tuple[Any, ...]) -> Any:
+    """Under `torch.func`, this kernel runs once a level of transforms, so a function of one level is what is wanted."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def _refuse_tangents(args: tuple[Any, ...]) -> None:
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(
+                "forward-mode differentiation: tilewise attention has reverse mode only. Fix: torch.func.vjp or "
+                "backward(), or tilewise.reference.standard_attention, which takes both modes"
+            )
+
+
+def _one_by_one(op: Any) -> Any:
+    """A vmap rule for `op`: the op on each slice of the mapped dimension, and the results stacked."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def pick(arg: Any, dim: Any, index: int) -> Any:
+            if isinstance(arg, list):
+                dims = dim if isinstance(dim, list) else [dim] * len(arg)
+                return [pick(x, d, index) for x, d in zip(arg, dims, strict=True)]
+            return arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+
+        results = [
+            op(*(pick(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return (stacked, [0] * len(stacked)) if isinstance(results[0], list) else (tuple(stacked), (0,) * len(stacked))
+
+    return rule
 
 
 for _key in ("CPU", "CUDA"):
@@ -159,3 +203,5 @@ torch.library.register_fake("tilewise::attention_backward", _fake_backward, lib=
 
 attention_op = torch.ops.tilewise.attention.default
 attention_backward_op = torch.ops.tilewise.attention_backward.default
+torch.library.register_vmap("tilewise::attention", _one_by_one(attention_op), lib=_library)
+torch.library.register_vmap("tilewise::attention_backward", _one_by_one(attention_backward_op), lib=_library)

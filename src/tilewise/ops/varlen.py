@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Literal, Unpack, overload
 
 from torch import Tensor
 
 from tilewise.errors import bad_value
 from tilewise.masks import Mask
 from tilewise.ops import checks
-from tilewise.ops.arguments import Options, Packed, build
+from tilewise.ops.arguments import Options, Packed, autocast, build, known
 from tilewise.ops.library import attention_op
 from tilewise.spec import Window
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mask: Mask | Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mask: Mask | Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention_varlen(
@@ -53,6 +89,9 @@ def attention_varlen(
         ValueError, TypeError: bad input, before anything runs. Values of `cu_seqlens` are checked on the CPU only.
         UnsupportedError: an [N, M] mask or bias tensor, or a named backend that cannot do this.
     """
+    known("attention_varlen", options)
+    checks.floats(q, k, v)
+    q, k, v = autocast(q), autocast(k), autocast(v)
     checks.qkv(q, k, v, rank=3)
     checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0], max_seqlen_q)
     checks.cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, k.shape[0], max_seqlen_k)
@@ -63,7 +102,7 @@ def attention_varlen(
     checks.heads_and_lengths(*dense, "bhsd")
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     arguments = build(*dense, packed=packed, mask=mask, causal=causal, window=window, **options)
-    out, lse = attention_op(*arguments)
+    out, lse = attention_op(*arguments.seeded())
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
