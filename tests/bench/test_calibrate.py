@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from tilewise.bench.calibrate import MachineRates, machine_rates
+from tilewise.bench.calibrate import MachineRates, as_device, machine_rates
 
 
-def test_attainable_is_the_lower_roof() -> None:
-    rates = MachineRates(matmul=100.0, copy=10.0)
-    assert rates.attainable(flops=1000, moved=1) == 100
-    assert rates.attainable(flops=10, moved=20) == 5
-    assert rates.attainable(flops=10, moved=1) == 100
+def test_this_machine_has_the_measured_roof() -> None:
+    device = as_device(MachineRates(matmul=1e11, copy=1e10), torch.device("cpu"), "float32")
+    assert device.peak("float32") == 1e11
+    assert device.bandwidth == 1e10
+    assert device.memory > 2**30
 
 
 def test_rates_are_those_of_a_computer() -> None:

@@ -21,15 +21,15 @@ def case(method: str, length: int, dtype: str = "float32") -> MemoryCase:
 
 
 def test_peaks_are_those_of_the_score_matrices_or_far_below() -> None:
-    """Of six separate steps S, e^(S − m) and P are alive at once, and a temporary; of one tile at a time nothing is."""
+    """Of six separate steps S, e^(S − m) and P are alive at once; of one tile at a time nothing is.
+
+    A fourth matrix, freed before, stays resident where the C library keeps it for reuse.
+    """
+    matrix = HEADS * 1024 * 1024 * 4  # bytes: the scores are float32 for bfloat16 inputs too
     with cpu_peaks() as peak_of:
-        steps = peak_of(case("six-steps", 1024))
-        tiles = peak_of(case("flash-v2", 1024))
-        half = peak_of(case("six-steps", 1024, "bfloat16"))
-    matrix = HEADS * 1024 * 1024 * 4
-    assert 3 * matrix <= steps <= 4 * matrix + NOISE
-    assert tiles <= NOISE
-    assert abs(half - steps) <= matrix / 4 + NOISE, "the scores are float32 for bfloat16 inputs too"
+        for dtype in ("float32", "bfloat16"):
+            assert 3 * matrix <= peak_of(case("six-steps", 1024, dtype)) <= 4 * matrix + NOISE
+        assert peak_of(case("flash-v2", 1024)) <= NOISE
 
 
 def test_a_failing_call_is_an_error_and_not_a_number() -> None:

@@ -12,7 +12,7 @@ from tilewise.backends.base import BACKEND_NAMES
 from tilewise.bench import cases
 from tilewise.cli import BAD_USAGE, FAILED, OK, run
 
-SMALL = ["--lengths", "1,65,113", "--heads", "3", "--head-dim", "24"]
+SMALL = ["--device", "cpu", "--lengths", "1,65,113", "--heads", "3", "--head-dim", "24"]
 KEYS = {"method", "backend", "n", "error", "budget", "ms", "peak_bytes", "tflops", "roofline", "speedup"}
 
 
@@ -50,6 +50,8 @@ def test_a_row_per_method_and_length(capsys: pytest.CaptureFixture[str], report:
         assert 0 <= row["error"] <= row["budget"]
         assert row["ms"] > 0
         assert row["tflops"] == pytest.approx(4 * 3 * row["n"] ** 2 * 24 / row["ms"] / 1e9)
+        intensity = row["n"] / 4
+        assert row["roofline"] == pytest.approx(row["tflops"] * 1e12 / min(1e11, 1e10 * intensity))
         assert row["backend"] in {*BACKEND_NAMES, "reference"}
         standard = next(r for r in rows if r["method"] == "standard" and r["n"] == row["n"])
         assert row["speedup"] == pytest.approx(standard["ms"] / row["ms"])
@@ -82,7 +84,7 @@ def test_the_table_and_the_report(capsys: pytest.CaptureFixture[str], report: Pa
     assert "within their error budget" in shown
     assert shown.endswith(f"report: {report}\n")
     html = report.read_text(encoding="utf-8")
-    assert f"tilewise compare --lengths 1,65,113 --heads 3 --head-dim 24 --report {report}" in html
+    assert f"tilewise compare --device cpu --lengths 1,65,113 --heads 3 --head-dim 24 --report {report}" in html
     assert "--text &#39;" in html
     assert "N\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}113" in html
 
@@ -132,8 +134,8 @@ def test_references_that_loop_in_python_stop_at_a_length(capsys: pytest.CaptureF
     from tilewise.bench.inputs import default_text
 
     cpu = torch.device("cpu")
-    compared = compare(Settings(default_text(), (2049,), 1, 8, torch.float32, cpu, seconds=0.0))
+    compared = compare(Settings(default_text(), (1025,), 1, 8, torch.float32, cpu, seconds=0.0))
     methods = {row.method for row in compared.rows}
     assert not {"flash-v1", "flash-v2"} & methods
-    assert "up to N=2048" in compared.left_out["flash-v1"]
-    assert compared.plans[2049].backend == next(row.backend for row in compared.rows if row.method == "auto")
+    assert "up to N = 1,024" in compared.left_out["flash-v1"]
+    assert compared.plans[1025].backend == next(row.backend for row in compared.rows if row.method == "auto")

@@ -45,7 +45,7 @@ def test_a_wrong_backend_is_broken(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(tilewise, "attention", wrong)
     found = findings(capsys, FAILED)
     assert found["backend tiled"]["status"] == BROKEN
-    assert "wrong result" in found["backend tiled"]["detail"]
+    assert "wrong on cpu: error" in found["backend tiled"]["detail"]
     assert found["backend standard"]["status"] == GOOD
 
 

@@ -28,9 +28,9 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         assert verb in shown
 
 
-def test_help_needs_neither_torch_nor_numpy() -> None:
+def test_help_needs_no_torch() -> None:
     """Of the whole command and of every verb."""
-    check = "import atexit; atexit.register(lambda: print({'torch', 'numpy'} & set(sys.modules)));"
+    check = "import atexit; atexit.register(lambda: print({'torch'} & set(sys.modules)));"
     for arguments in ([], ["compare"], ["explain"], ["doctor"], ["mask"]):
         done = tilewise(*arguments, "--help", before="import sys;" + check)
         assert done.returncode == OK, done.stderr

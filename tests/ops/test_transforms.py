@@ -80,3 +80,20 @@ def test_defaults_and_changing_numbers_compile() -> None:
     compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
     for scale in (0.1, 0.2, 0.3):
         torch.testing.assert_close(compiled(q, scale), scaled(q, scale))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        tilewise.masks.Causal() & tilewise.masks.Window(9, 0),
+        tilewise.masks.Documents([0] * 50 + [1] * 90),
+        tilewise.masks.Tree([-1, 0, 0, 1]),
+        tilewise.masks.Dense(torch.ones(140, 140, dtype=torch.bool).tril()),
+        tilewise.masks.Causal(torch.tensor([3])),
+    ],
+    ids=str,
+)
+def test_captured_masks_compile(mask: tilewise.masks.Mask) -> None:
+    q = torch.randn(1, 2, 140, 8)
+    compiled = torch.compile(lambda x: tilewise.attention(x, x, x, mask), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), tilewise.attention(q, q, q, mask))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from tilewise.bench.environment import machine
 from tilewise.bench.timer import once
+from tilewise.cost.hardware import Device, measured
 
 _RUNS = 3
 
@@ -19,13 +22,22 @@ class MachineRates:
     matmul: float
     copy: float
 
-    def attainable(self, flops: float, moved: float) -> float:
-        """FLOP/s under both ceilings for work that moves `moved` bytes (Williams et al., "Roofline", 2009)."""
-        return min(self.matmul, self.copy * flops / moved)
-
     def or_better(self, other: MachineRates) -> MachineRates:
         """The higher of each: a busy moment lowers what is measured, nothing raises it."""
         return MachineRates(max(self.matmul, other.matmul), max(self.copy, other.copy))
+
+
+def as_device(rates: MachineRates, device: torch.device, dtype: str) -> Device:
+    """This machine for the cost model's roofline, with the rates that were measured for `dtype`."""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        arch, memory = f"sm_{card.major}{card.minor}", card.total_memory
+    else:
+        arch, memory = device.type, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    how = f"matrix products and copies under PyTorch {torch.__version__}"
+    return measured(
+        machine(device), arch=arch, matmul={dtype: rates.matmul}, bandwidth=rates.copy, memory=memory, how=how
+    )
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:

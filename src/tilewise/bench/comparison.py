@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from tilewise.bench import memory
-from tilewise.bench.calibrate import MachineRates, machine_rates
+from tilewise.bench.calibrate import MachineRates, as_device, machine_rates
 from tilewise.bench.cases import BASELINE, Method, all_methods
 from tilewise.bench.environment import environment
 from tilewise.bench.exactness import exact_and_budget, largest_error
 from tilewise.bench.inputs import Inputs, Text, attention_inputs
 from tilewise.bench.timer import Timing, interleaved
 from tilewise.cost.counts import conventional_scores, forward_flops, ideal_traffic
+from tilewise.cost.hardware import Device
+from tilewise.cost.roofline import Step, place
 from tilewise.errors import UnsupportedError
 from tilewise.ops.dense import explain
 from tilewise.ops.dispatch import Plan
+from tilewise.spec import AttentionSpec
 
 Progress = Callable[[str, float], object]
 """Told what begins now, and what share of the whole run lies behind."""
@@ -40,7 +43,7 @@ class Settings:
     dtype: torch.dtype
     device: torch.device
     causal: bool = False
-    seconds: float = 2.5
+    seconds: float = 2.0
     """What the timed runs of one method at one length may take, unless its first three take longer."""
 
     @property
@@ -120,7 +123,8 @@ def compare(settings: Settings, progress: Progress = lambda label, share: None) 
         timings |= {(name, length): timing for name, timing in measured.items()}
         rows += checked
         rates = rates.or_better(machine_rates(settings.device, settings.dtype))
-    rows = [_timed(row, timings, rates, plans[row.n]) for row in rows]
+    roof = as_device(rates, settings.device, settings.dtype_name)
+    rows = [_timed(row, timings, roof, plans[row.n].spec) for row in rows]
     with _peaks(settings) as peak_of:
         for index, row in enumerate(rows):
             told.begin_memory(row.n, row.method)
@@ -168,7 +172,7 @@ def _usable(inputs: Inputs, settings: Settings, left_out: dict[str, str]) -> tup
     methods: dict[str, Method] = {}
     for method in all_methods():
         if method.longest is not None and length > method.longest:
-            left_out[method.name] = f"{method.note}: run up to N={method.longest}"
+            left_out[method.name] = f"{method.note}: run up to N = {method.longest:,}"
             continue
         if method.backend == "auto":
             methods[method.name] = replace(method, backend=auto.backend)
@@ -201,17 +205,17 @@ def _check(methods: dict[str, Method], inputs: Inputs, settings: Settings, told:
     return rows
 
 
-def _timed(row: Row, timings: dict[tuple[str, int], Timing], rates: MachineRates, plan: Plan) -> Row:
+def _timed(row: Row, timings: dict[tuple[str, int], Timing], roof: Device, spec: AttentionSpec) -> Row:
     timing, baseline = timings.get((row.method, row.n)), timings.get((BASELINE, row.n))
     if timing is None:
         return row
-    flops = forward_flops(plan.spec, conventional_scores(plan.spec)).matmul
-    achieved = flops / (timing.median / 1e3)
+    seconds = timing.median / 1e3
+    work = Step("attention", forward_flops(spec, conventional_scores(spec)).matmul, ideal_traffic(spec).bytes)
     return replace(
         row,
         ms=timing.median,
-        tflops=achieved / 1e12,
-        roofline=achieved / rates.attainable(flops, ideal_traffic(plan.spec).bytes),
+        tflops=work.flops / seconds / 1e12,
+        roofline=place(work, roof, spec.dtype).reached(seconds),
         speedup=baseline.median / timing.median if baseline else None,
     )
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -157,7 +156,7 @@ def _extras() -> dict[str, list[str]]:
         return {}
     for line in declared:
         found = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
-        if found and found[1] != "tilewise":
+        if found and found[1] != "tilewise" and found[2] != "all":
             extras.setdefault(found[2], []).append(found[1])
     return extras
 
@@ -180,68 +179,28 @@ def _backend(name: str) -> Finding:
     import torch
 
     import tilewise
-
-    subject = f"backend {name}"
-    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
-    told: list[str] = []
-    refusals: list[str] = []
-    for device in devices:
-        case = _self_test_case(device)
-        auto = tilewise.explain(*case, causal=True)
-        if name in auto.rejected and not _serves(case, name):
-            refusals.append(auto.rejected[name])
-            continue
-        error, allowed, gradient = _self_test(case, name)
-        numbers = f"{device.type}: error {error:.1e} of {allowed:.1e} allowed, gradients {gradient:.1e} of 1.0e-04"
-        if not (error <= allowed and gradient <= 1e-4):
-            return Finding(subject, BROKEN, f"wrong result on {numbers}", "report this line, with your PyTorch version")
-        told.append(f"self-test on {numbers}")
-    if not told:
-        return Finding(subject, ABSENT, "; ".join(refusals), f"none needed: auto uses {auto.backend}")
-    return Finding(subject, GOOD, "; ".join(told))
-
-
-def _self_test_case(device: Any) -> Any:
-    """q [2, 4, 65, 40], k and v [2, 4, 113, 40]: lengths that fill no tile, float32."""
-    import torch
-
-    from tilewise.bench.inputs import Inputs
-
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 4, 65, 40), (2, 4, 113, 40), (2, 4, 113, 40))
-    return Inputs(*(torch.randn(shape, generator=generator).to(device) for shape in shapes))
-
-
-def _serves(case: Any, name: str) -> bool:
-    import tilewise
+    from tilewise.bench.self_test import self_test, small_case
     from tilewise.errors import UnsupportedError
 
-    try:
-        tilewise.explain(*case, causal=True, backend=name)
-    except UnsupportedError:
-        return False
-    return True
-
-
-def _self_test(case: Any, name: str) -> tuple[float, float, float]:
-    """The forward error and its budget, and the largest gradient error as a share of the largest gradient.
-
-    The gradients' limit of 1e-4 is far above float32 rounding at this size and far below what any mistake makes.
-    """
-    import torch
-
-    import tilewise
-    from tilewise.bench.exactness import exact_and_budget, largest_error
-    from tilewise.reference.standard import standard_attention
-
-    exact, allowed = exact_and_budget(case, causal=True)
-    leaves = [tensor.clone().requires_grad_() for tensor in case]
-    out = tilewise.attention(*leaves, causal=True, layout="bhsd", backend=name)
-    gradients = torch.autograd.grad(out.sum(), leaves)
-    wide = [tensor.double().requires_grad_() for tensor in case]
-    wanted = torch.autograd.grad(standard_attention(*wide, causal=True).out.sum(), wide)
-    shares = [largest_error(got, want) / want.abs().max().item() for got, want in zip(gradients, wanted, strict=True)]
-    return largest_error(out.detach(), exact), allowed, max(shares)
+    subject = f"backend {name}"
+    told: list[str] = []
+    refusals: list[str] = []
+    chosen = ""
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        case = small_case(torch.device(kind))
+        auto = tilewise.explain(*case, causal=True)
+        chosen = auto.backend
+        try:
+            result = self_test(case, name)
+        except UnsupportedError:
+            refusals.append(f"not on {kind}: {auto.rejected[name]}")
+            continue
+        if not result.passed:
+            return Finding(subject, BROKEN, f"wrong on {kind}: {result}", "report this line, with your PyTorch version")
+        told.append(f"self-test on {kind}: {result}")
+    if not told:
+        return Finding(subject, ABSENT, "; ".join(refusals), f"none needed: auto uses {chosen}")
+    return Finding(subject, GOOD, "; ".join(told + refusals))
 
 
 def _print(findings: list[Finding]) -> None:

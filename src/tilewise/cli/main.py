@@ -21,7 +21,7 @@ VERBS = {
 
 
 class _LazyGroup(click.Group):
-    """Imports a verb when it is used, so that `tilewise --help` needs neither torch nor numpy."""
+    """Imports a verb when it is used, so that `tilewise --help` needs no torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)

@@ -19,6 +19,7 @@ from tilewise.masks.patterns import (
     Window,
 )
 from tilewise.masks.tilemap import TileMap
+from tilewise.masks.tiles import FromTiles
 
 __all__ = [
     "TILE",
@@ -28,6 +29,7 @@ __all__ = [
     "Dense",
     "Dilated",
     "Documents",
+    "FromTiles",
     "Global",
     "Longformer",
     "Mask",

@@ -61,12 +61,15 @@ class Mask(ABC):
     @property
     def _written(self) -> tuple[str, tuple[Held, ...]]:
         # Not a cached_property: before Python 3.12 that takes a lock, which torch.compile cannot trace.
-        known = vars(self).get("_written_once")
+        known = self._written_once
         if known is None:
             arrays: list[Held] = []
             known = self._write(arrays), tuple(arrays)
             self._set(_written_once=known)
         return known
+
+    _written_once: tuple[str, tuple[Held, ...]] | None = None
+    _hash_once: int | None = None
 
     @property
     def arrays(self) -> tuple[Held, ...]:
@@ -75,7 +78,7 @@ class Mask(ABC):
 
     @property
     def _hash(self) -> int:
-        known = vars(self).get("_hash_once")
+        known = self._hash_once
         if known is None:
             known = hash(self._meaning)
             self._set(_hash_once=known)
@@ -85,7 +88,8 @@ class Mask(ABC):
         raise AttributeError(f"masks are values: cannot set {name}")
 
     def _set(self, **fields: object) -> None:
-        vars(self).update(fields)
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):

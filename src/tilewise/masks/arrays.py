@@ -13,6 +13,7 @@ A mask is a value, an array is memory that somebody may write to. Two rules join
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,10 @@ class Held:
         self._tensor = source
         self._version: int | None = None
         self._identity: tuple[object, ...] | None = None
+        torch = sys.modules.get("torch")
+        if source is None and host is not None and torch is not None:
+            # Ready before anything is traced: torch.compile reads this attribute, but cannot look into NumPy.
+            self._tensor = torch.from_numpy(host.base)
         array: Any = source if source is not None else host
         self.shape = tuple(int(size) for size in array.shape)
         self.device = "cpu" if source is None else str(source.device)
@@ -155,6 +160,11 @@ class Held:
             host = array.cpu().numpy()
             self._host = host if host.dtype == np.bool_ else host.astype(np.int64)
         return self._host
+
+    @property
+    def as_made(self) -> Any:
+        """The tensor as it was when the mask was made, with no look at its version; None if torch came later."""
+        return self._tensor
 
     def tensor(self, make: Any) -> Any:
         """The values as a torch tensor; `make` (torch.from_numpy) turns a host copy into one, once."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import tilewise.masks.coverage_sets  # noqa: F401 - registers its masks with cover, keys and look
 from tilewise.errors import bad_type, bad_value
 from tilewise.masks.algebra import Mask
 from tilewise.masks.arrays import Held
@@ -21,8 +22,8 @@ from tilewise.masks.frame import Frame, Grid, default_offset, joint
 from tilewise.masks.lines import EMPTY, FULL, OR, UNDECIDED, Line, combine, from_edges, ranges
 from tilewise.masks.tilemap import Sizes, TileMap, area, assemble, distinct, nothing, pack, units
 
-LARGEST = 8 << 30
-"""A tile map of more bytes than this is refused: such a mask is not sparse at this tile size."""
+LARGEST, MOST = 8 << 30, 1 << 25
+"""A tile map of more bytes, or partial tiles, is refused: such a mask is not sparse at this tile size."""
 
 _CHUNK = 256  # tiles evaluated at once: 4 M pairs, some tens of MB
 
@@ -74,6 +75,7 @@ def _compile(mask: Mask, frame: Frame) -> TileMap:
         return nothing(frame.n, frame.m, offset, frame.batch, frame.heads)
     line = cover(mask, tiling, np.arange(frame.heads)).spread(frame.batch, frame.heads)
     starts, stops = line.pieces(UNDECIDED)
+    _refuse_large(1, int((stops - starts).sum()))
     place = ranges(starts, stops - starts)
     plane, t, c = place // (rows * columns), place // columns % rows, place % columns
     tiles = Tiles(plane // frame.heads, plane % frame.heads, t, c)
@@ -102,7 +104,7 @@ def from_tiles(
     Args:
         full: FULL where all pairs below n and m may attend, EMPTY elsewhere.
         place: places on the line of the tiles to look into, ascending.
-        first, which: `place[k]` looks like the tile number `first[which[k]]` of `place`, in the same last row or column.
+        first, which: tile `place[k]` looks like tile `place[first[which[k]]]`, the last row and column apart.
         look_at: bool [K, 128, 128] for K numbers of tiles.
     """
     n, m = sizes[:2]
@@ -132,12 +134,12 @@ def from_tiles(
     return assemble(sizes, full, place[partial], which[partial], dictionary)
 
 
-def _refuse_large(different: int, partial: int) -> None:
-    need = different * TILE * TILE // 8 + 16 * partial
-    if need > LARGEST or partial >= 1 << 31:
-        got = f"one with {partial:,} partial tiles, {different:,} of them distinct: about {need / 2**30:.0f} GiB"
-        fix = "a mask that leaves whole 128×128 tiles empty or full"
-        raise bad_value("mask", got, f"a tile map of at most {LARGEST >> 30} GiB", fix)
+def _refuse_large(distinct_tiles: int, partial: int) -> None:
+    need = distinct_tiles * TILE * TILE // 8 + 16 * partial
+    if need > LARGEST or partial > MOST:
+        got = f"one with {partial:,} partial tiles, {distinct_tiles:,} of them distinct: {need / 2**30:.1f} GiB"
+        want = f"at most {MOST:,} partial tiles and {LARGEST >> 30} GiB"
+        raise bad_value("mask", got, want, "a mask that leaves whole 128×128 tiles empty or full")
 
 
 def dense(mask: Mask, n: int, m: int, offset: Any, heads: int | None) -> np.ndarray:

@@ -1,9 +1,10 @@
 """Which tiles each mask fills, leaves empty or must look into, which of these look alike, and what is in them.
 
-`cover(mask, tiling)` is a line (lines.py) of FULL, EMPTY and UNDECIDED tiles; a decision is always right, and UNDECIDED
-is allowed wherever deciding would cost. `keys(mask, tiling, tiles)` gives undecided tiles integers such that equal
-keys have equal bits, so that only distinct keys are ever evaluated, by `look(mask, tiling, tiles)`. All cost O(tiles
-listed), never N×M and never rows × columns of tiles. Row tiles are judged on all their 128 rows, as if the predicate went on beyond row n.
+`cover(mask, tiling, heads)` is a line (lines.py) of FULL, EMPTY and UNDECIDED tiles; a decision is always right, and
+UNDECIDED is allowed wherever deciding would cost. `keys(mask, tiling, tiles)` gives undecided tiles integers such that
+equal keys have equal bits, so that `look(mask, tiling, tiles)` evaluates only distinct ones. All cost O(tiles listed),
+never N×M and never rows × columns of tiles. Row tiles are judged on all their 128 rows, as if the predicate went on
+beyond row n.
 """
 
 from __future__ import annotations
@@ -105,12 +106,13 @@ def keys(mask: Mask, tiling: Tiling, tiles: Tiles) -> np.ndarray:
 
 @singledispatch
 def look(mask: Mask, tiling: Tiling, tiles: Tiles) -> np.ndarray:
-    """The predicate on whole tiles: bool [tiles, 128, 128]."""
+    """The predicate on whole tiles: bool [tiles, 128, 128], an array that the caller may write to."""
     within = np.arange(TILE)
     rows, columns = tiles.t[:, None] * TILE + within, tiles.c[:, None] * TILE + within
     b, h = tiles.b[:, None, None], tiles.h[:, None, None]
     grid = Grid(np, on_host, tiling.frame, b, h, rows[:, :, None], columns[:, None, :])
-    return np.array(np.broadcast_to(mask.allow(grid), (len(tiles.b), TILE, TILE)))
+    allowed, shape = mask.allow(grid), (len(tiles.b), TILE, TILE)
+    return allowed if allowed.shape == shape else np.array(np.broadcast_to(allowed, shape))
 
 
 def on_host(array: Any) -> np.ndarray:

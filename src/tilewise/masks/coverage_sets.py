@@ -15,6 +15,7 @@ from tilewise.masks.lines import (
     UNDECIDED,
     Line,
     combine,
+    constant,
     from_edges,
     from_intervals,
     ranges,
@@ -173,6 +174,8 @@ def _(mask: RandomTokens, tiling: Tiling, heads: np.ndarray) -> Cover:
     row = (np.arange(batch)[:, None] * len(heads) + np.arange(len(heads)))[..., None] * tiling.rows
     row = row + np.arange(tiling.rows * TILE) // TILE
     length = batch * len(heads) * tiling.rows * tiling.columns
+    if mask.n * TILE >= tiling.columns:
+        return Cover(constant(length, UNDECIDED), batch, len(heads))
     places = np.zeros(0, np.int64)
     for chosen in mask.draw(np, p, heads[:, None], tiling.frame.m):
         places = np.union1d(places, row * tiling.columns + chosen // TILE)
@@ -294,6 +297,23 @@ def _(mask: Documents, tiling: Tiling, tiles: Tiles) -> np.ndarray:
     unlike = b * (tiling.rows * tiling.columns) + tiles.t * tiling.columns + tiles.c
     lone = lone_row | lone_column
     return np.where(lone, codes * 2, unlike * 2 + 1)
+
+
+@look.register
+def _(mask: Documents, tiling: Tiling, tiles: Tiles) -> np.ndarray:
+    def narrow() -> tuple[np.ndarray, np.ndarray]:
+        # Comparing millions of pairs takes as long as the ids are wide.
+        rows, columns = (np.atleast_2d(held.host()) for held in (mask.q_ids, mask.k_ids))
+        low, high = min(rows.min(), columns.min()), max(rows.max(), columns.max())
+        kind = np.result_type(np.min_scalar_type(low), np.min_scalar_type(high))
+        return rows.astype(kind), columns.astype(kind)
+
+    def part(ids: np.ndarray, tile: np.ndarray) -> np.ndarray:
+        at = (tile[:, None] * TILE + np.arange(TILE)).clip(max=ids.shape[1] - 1)
+        return ids[tiles.b[:, None] if len(ids) > 1 else 0, at]
+
+    rows, columns = tiling.remember(mask, "narrow", narrow)
+    return part(rows, tiles.t)[:, :, None] == part(columns, tiles.c)[:, None, :]
 
 
 def _first_id(axis: _Axis) -> np.ndarray:

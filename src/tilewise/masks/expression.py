@@ -35,6 +35,7 @@ from tilewise.masks.patterns import (
     Tree,
     Window,
 )
+from tilewise.masks.tiles import FromTiles
 
 
 def _per_head(*masks: Mask) -> Mask:
@@ -55,6 +56,7 @@ NAMES: dict[str, Callable[..., Mask]] = {
     "dense": Dense,
     "longformer": Longformer,
     "bigbird": BigBird,
+    "tiles": FromTiles,
     "per_head": _per_head,
 }
 """Every name of the language, and what makes its mask."""

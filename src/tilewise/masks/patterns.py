@@ -35,7 +35,8 @@ def _integer(value: Any, argument: str, least: int | None = None, fix: str | Non
     return number
 
 
-def _placeholder(held: Held, arrays: list[Held]) -> str:
+def placeholder(held: Held, arrays: list[Held]) -> str:
+    """How an array stands in an expression; appended to `arrays` if it is not among them yet."""
     for k, seen in enumerate(arrays):
         if seen is held:
             return f"${k}"
@@ -93,7 +94,7 @@ class Causal(Diagonal):
 
     def _parameters(self, arrays: list[Held]) -> list[str]:
         if isinstance(self.offset, Held):
-            return [_placeholder(self.offset, arrays)]
+            return [placeholder(self.offset, arrays)]
         return [str(self.offset)] if self.offset else []
 
 
@@ -310,8 +311,8 @@ class Documents(Pattern):
         return at(self.q_ids, grid.i, grid.frame.n - 1) == at(self.k_ids, grid.j, grid.frame.m - 1)
 
     def _parameters(self, arrays: list[Held]) -> list[str]:
-        rows = _placeholder(self.q_ids, arrays)
-        return [rows] if self.k_ids is self.q_ids else [rows, _placeholder(self.k_ids, arrays)]
+        rows = placeholder(self.q_ids, arrays)
+        return [rows] if self.k_ids is self.q_ids else [rows, placeholder(self.k_ids, arrays)]
 
 
 class Prefix(Pattern):
@@ -393,7 +394,7 @@ class Tree(Pattern):
         return ((node >= 0) & ((key < 0) | ancestor)) | ((node < 0) & (grid.j <= grid.p))
 
     def _parameters(self, arrays: list[Held]) -> list[str]:
-        return [_placeholder(self.parents, arrays)]
+        return [placeholder(self.parents, arrays)]
 
 
 class Dense(Pattern):
@@ -432,7 +433,7 @@ class Dense(Pattern):
         return content[grid.b if b > 1 else 0, grid.h if h > 1 else 0, i, j]
 
     def _parameters(self, arrays: list[Held]) -> list[str]:
-        return [_placeholder(self.content, arrays)]
+        return [placeholder(self.content, arrays)]
 
 
 def Longformer(window: int, global_tokens: int | Iterable[int]) -> Mask:  # noqa: N802 - named like the masks it makes

@@ -1,16 +1,16 @@
-"""Masks and torch: the one file of this floor that knows tensors.
+"""Masks and torch: the only files of this floor that know tensors are this one, device.py and blockmask.py.
 
 - `pack` and `unpack` carry a mask over an op boundary as a string and tensors.
 - `tile_map` gives kernels a compiled mask as `TileTensors` on their device, by one of two encodings that kernels read
-  alike: *analytic* (compiler.py, for masks whose parameters are on the host) and *device* (built by tensor operations
-  without waiting for the device, for masks whose arrays, or offsets, lie there).
-- `to_block_mask` and `from_block_mask` exchange tile maps with FlexAttention.
+  alike: *analytic* (compiler.py) for masks whose parameters are on the host, and *device* (device.py) for masks whose
+  arrays, or offsets, lie on the device, by tensor operations that never wait for it.
+- `to_block_mask` and `from_block_mask` (blockmask.py) exchange tile maps with FlexAttention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from tilewise.masks.expression import parse
 from tilewise.masks.frame import Frame
 from tilewise.masks.patterns import Dense
 from tilewise.masks.tilemap import TileMap
+from tilewise.masks.tiles import FromTiles
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def as_mask(mask: Mask | Tensor | np.ndarray) -> Mask:
@@ -35,6 +39,8 @@ def as_mask(mask: Mask | Tensor | np.ndarray) -> Mask:
 
 def pack(mask: Mask) -> tuple[str, list[Tensor]]:
     """(expression, tensors): the tensors stand for $0, $1, … in it. A host array becomes a CPU tensor, once."""
+    if torch.compiler.is_compiling():  # a tensor's version is no number there
+        return str(mask), [held.as_made for held in mask.arrays]
     return str(mask), [held.tensor(torch.from_numpy) for held in mask.arrays]
 
 
@@ -131,6 +137,28 @@ def to_tensors(tiles: TileMap, device: torch.device | str = "cpu") -> TileTensor
     )
 
 
+def to_block_mask(
+    mask: Mask | TileMap,
+    n: int | None = None,
+    m: int | None = None,
+    *,
+    offset: int | None = None,
+    heads: int | None = None,
+    device: torch.device | str = "cpu",
+) -> BlockMask:
+    """See blockmask.py; FlexAttention is imported when this is called."""
+    from tilewise.masks.blockmask import to_block_mask as convert
+
+    return convert(mask, n, m, offset=offset, heads=heads, device=device)
+
+
+def from_block_mask(block_mask: BlockMask) -> FromTiles:
+    """See blockmask.py."""
+    from tilewise.masks.blockmask import from_block_mask as convert
+
+    return convert(block_mask)
+
+
 _TENSORS: Cache[TileTensors] = Cache(128, 1 << 30, lambda tiles: tiles.nbytes)
 
 
@@ -161,6 +189,8 @@ def tile_map(
 
     def build() -> TileTensors:
         if there:
+            from tilewise.masks.device import encode_on_device
+
             return encode_on_device(mask, frame, place, transposed)
         tiles = compile_map(mask, n, m, offset=frame.offset, heads=heads)
         return to_tensors(tiles.transpose() if transposed else tiles, place)
@@ -177,72 +207,3 @@ def _on_device(mask: Mask, frame: Frame, device: torch.device) -> bool:
         if other.type != device.type or other.index not in (None, device.index or 0):
             raise bad_value("mask", f"{held.argument} on {held.device}", f"one on {device}", f'`.to("{device}")`')
     return bool(there)
-
-
-def encode_on_device(mask: Mask, frame: Frame, device: torch.device, transposed: bool) -> TileTensors:
-    """The device encoding: by tensor operations on `device` alone, of shapes that the host knows.
-
-    A grid of tiles is judged coarsely (`_judge`); the undecided tiles of each row are evaluated, as many as the host
-    knows that a row can have; those that turn out empty or full are moved there. The cost is that of evaluating the
-    predicate on these tiles: all N×M pairs, in chunks, where nothing is known of a mask, and N×M/8 bytes of bits.
-    """
-    grid, most = _judge(mask, frame, device)
-    n, m, bound = (frame.m, frame.n, most[1]) if transposed else (frame.n, frame.m, most[0])
-    grid = grid.expand(frame.batch, frame.heads, *grid.shape[2:])
-    grid = (grid.transpose(2, 3) if transposed else grid).flatten(0, 2)
-    count, columns = grid.shape
-    if not count * columns:
-        ptr, none = (
-            torch.zeros(count, dtype=torch.int32, device=device),
-            torch.zeros(0, dtype=torch.int32, device=device),
-        )
-        bits = none.view(0, 128, 4)
-        return TileTensors(n, m, frame.batch, frame.heads, ptr, ptr, none, none, ptr, ptr, none, none, bits)
-    full, undecided = grid == FULL, grid == UNDECIDED
-    if m % TILE:
-        undecided[:, -1] |= full[:, -1]
-        full[:, -1] = False
-        bound += 1
-    bound = min(bound, columns)
-    slot_columns, slots = _compact(undecided, torch.arange(columns, device=device), bound)
-    bits, kind = _evaluate(mask, frame, slot_columns, slots, transposed)
-    found = torch.zeros(count, columns + 1, dtype=torch.bool, device=device)
-    found.scatter_(1, torch.where(kind == FULL, slot_columns, columns), True)
-    full |= found[:, :columns]
-    part, parts = _compact(kind == UNDECIDED, slot_columns, bound)
-    part_id, _ = _compact(kind == UNDECIDED, torch.arange(count * bound, device=device).view(count, bound), bound)
-    border = torch.zeros(count, 1, dtype=torch.bool, device=device)
-    begins, ends = full & ~torch.cat((border, full[:, :-1]), 1), full & ~torch.cat((full[:, 1:], border), 1)
-    room = (columns + 1) // 2
-    start, runs = _compact(begins, torch.arange(columns, device=device), room)
-    stop, _ = _compact(ends, torch.arange(1, columns + 1, device=device), room)
-    rows = torch.arange(count, device=device)
-    pointers = [rows * room, rows * room + runs, start.flatten(), stop.flatten()]
-    pointers += [rows * bound, rows * bound + parts, part.flatten(), part_id.flatten()]
-    return TileTensors(n, m, frame.batch, frame.heads, *(tensor.to(torch.int32) for tensor in pointers), bits)
-
-
-def _compact(chosen: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """The values where `chosen` [R, C] is true moved to the left, [R, room], and how many there are, [R]."""
-    place = torch.where(chosen, chosen.cumsum(1) - 1, room)
-    packed = torch.zeros(chosen.shape[0], room + 1, dtype=torch.int64, device=chosen.device)
-    packed.scatter_(1, place, values.expand(chosen.shape))
-    return packed[:, :room], chosen.sum(1)
-
-
-_ROOM = 1 << 24  # pairs evaluated at once
-
-
-def _evaluate(mask: Mask, frame: Frame, columns: Tensor, counts: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Bits [R·P, 128, 4] of the tiles at `columns` [R, P], of which row r has `counts[r]`, and what each tile is."""
-    device, (rows, room) = columns.device, columns.shape
-    n, m = (frame.m, frame.n) if transposed else (frame.n, frame.m)
-    tiles = -(-n // TILE)
-    within = torch.arange(TILE, device=device)
-    bits, kinds = [], []
-    step = max(1, _ROOM // (room * TILE * TILE))
-    for first in range(0, rows, step):
-        head = first // tiles % frame.heads
-        stop = min(rows, first + step, (first // tiles + 1) * tiles)
-        raise NotImplementedError(head, stop, within, bits, kinds, m, counts)
-    return torch.cat(bits), torch.cat(kinds)

@@ -115,21 +115,30 @@ class TileMap:
         pairs = self.batch * self.heads * self.n * self.m
         return 1.0 - self.visible / pairs if pairs else 0.0
 
-    def to_dense(self) -> np.ndarray:
-        """bool [batch, heads, n, m]; for tests and pictures, N×M bytes."""
-        tiles = np.zeros((self.rows, self.k_tiles, TILE, TILE), np.bool_)
-        row, start, count = self._runs()
-        tiles[np.repeat(row, count), ranges(start, count)] = True
-        tiles[np.repeat(np.arange(self.rows), np.diff(self.part_ptr)), self.part_col] = unpack(self.bits)[self.part_id]
-        planes = tiles.reshape(self.batch, self.heads, self.q_tiles, self.k_tiles, TILE, TILE).swapaxes(3, 4)
-        shape = (self.batch, self.heads, self.q_tiles * TILE, self.k_tiles * TILE)
-        return planes.reshape(shape)[:, :, : self.n, : self.m]
-
-    def _runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(row, first column tile, length) of each run."""
+    def runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, first column tile, length) of each run of full tiles."""
         row = np.repeat(np.arange(self.rows), np.diff(self.run_ptr))
         start = self.run_start.astype(np.int64)
         return row, start, self.run_stop - start
+
+    def part_rows(self) -> np.ndarray:
+        """The row of each partial tile."""
+        return np.repeat(np.arange(self.rows), np.diff(self.part_ptr))
+
+    def grid(self) -> np.ndarray:
+        """int32 [R, k_tiles]: 0 where a tile is empty, 1 where it is full, else 2 + its entry in `bits`. O(tiles²)."""
+        tiles = np.zeros((self.rows, self.k_tiles), np.int32)
+        row, start, count = self.runs()
+        tiles[np.repeat(row, count), ranges(start, count)] = 1
+        tiles[self.part_rows(), self.part_col] = self.part_id + 2
+        return tiles
+
+    def to_dense(self) -> np.ndarray:
+        """bool [batch, heads, n, m]; for tests and pictures, N×M bytes."""
+        shape = (self.batch, self.heads, self.q_tiles, self.k_tiles)
+        tiles = unpack(np.concatenate((_EMPTY_AND_FULL, self.bits)))[self.grid().reshape(shape)].swapaxes(3, 4)
+        matrix = tiles.reshape(*shape[:2], self.q_tiles * TILE, self.k_tiles * TILE)
+        return matrix[:, :, : self.n, : self.m]
 
     def transpose(self) -> TileMap:
         """The map of the transposed mask, for dK and dV: row tiles of keys, and for each the query tiles that see it.
@@ -145,27 +154,28 @@ class TileMap:
         if not self.total_tiles:
             return nothing(self.m, self.n, negative, self.batch, self.heads)
         planes, rows, columns = self.batch * self.heads, self.q_tiles, self.k_tiles
-        row, start, count = self._runs()
+        row, start, count = self.runs()
         begin = row * columns + start
         edges = np.stack((begin, begin + count), axis=1).reshape(-1)
         full = from_edges(edges, np.tile(np.array([FULL, EMPTY], np.uint8), len(row)), planes * rows * columns)
-        place = np.repeat(np.arange(self.rows), np.diff(self.part_ptr)) * columns + self.part_col
+        place = self.part_rows() * columns + self.part_col
         ids = self.part_id.astype(np.int64)
         if self.m % TILE:
-            # A last column tile that lacks only the keys from m on is full once keys are rows.
+            # A last column tile that lacks only the keys from m on is full once keys are rows. (Not so in the last row,
+            # if that lacks rows too: it will be a last column then, and stays partial.)
             lacks_none = (self.bits == area(self.n, self.m, bottom=False, end=True)).all(axis=(1, 2))
-            ends_early = (self.bits == area(self.n, self.m, bottom=True, end=True)).all(axis=(1, 2))
-            bottom = place // columns % rows == rows - 1
-            filled = (place % columns == columns - 1) & np.where(bottom, ends_early[ids], lacks_none[ids])
+            filled = (place % columns == columns - 1) & lacks_none[ids]
             full = combine(full, units(place[filled], full.length), OR)
             place, ids = place[~filled], ids[~filled]
         plane = rows * columns
         place = (place // plane * columns + place % columns) * rows + place % plane // columns
         place, ids = _sorted(place, ids, len(self.bits))
-        bits = pack(unpack(self.bits).swapaxes(1, 2))
+        bits = transpose_bits(self.bits)
         full = transpose_full(full, planes, rows, columns)
         return assemble((self.m, self.n, negative, self.batch, self.heads), full, place, ids, bits)
 
+
+_EMPTY_AND_FULL = np.repeat(np.array([0, 0xFFFFFFFF], np.uint32), TILE * TILE // 32).reshape(2, TILE, TILE // 32)
 
 Sizes = tuple[int, int, int | tuple[int, ...], int, int]
 """n, m, offset, batch and heads of a tile map."""
@@ -252,12 +262,24 @@ def distinct(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def pack(tiles: np.ndarray) -> np.ndarray:
     """bool [T, 128, 128] to uint32 [T, 128, 4], bit k of word w for column 32·w + k."""
-    return np.ascontiguousarray(np.packbits(tiles, axis=-1, bitorder="little")).view("<u4")
+    return np.packbits(tiles, axis=-1, bitorder="little").view("<u4")
 
 
 def unpack(bits: np.ndarray) -> np.ndarray:
     """uint32 [T, 128, 4] to bool [T, 128, 128]."""
     return np.unpackbits(np.ascontiguousarray(bits).view(np.uint8), axis=-1, bitorder="little").view(np.bool_)
+
+
+def transpose_bits(bits: np.ndarray) -> np.ndarray:
+    """Each tile of uint32 [T, 128, 4] transposed, by 8×8 bits held in one uint64 (Warren, Hacker's Delight, 7-3)."""
+    side, count = TILE // 8, len(bits)
+    bytes_ = np.ascontiguousarray(bits).view(np.uint8).reshape(count, side, 8, side)
+    x = np.ascontiguousarray(bytes_.transpose(0, 3, 1, 2)).view("<u8")
+    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        swap = (x ^ (x >> np.uint64(shift))) & np.uint64(mask)
+        x = x ^ swap ^ (swap << np.uint64(shift))
+    turned = x.view(np.uint8).reshape(count, side, side, 8).transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(turned).reshape(count, TILE, side).view("<u4")
 
 
 def area(n: int, m: int, *, bottom: bool, end: bool) -> np.ndarray:

@@ -109,8 +109,8 @@ def _summary(comparison: Comparison) -> str:
     settings = comparison.settings
     return (
         f"{methods} ways to compute the same attention, on Q, K and V that a small transformer block made from "
-        f"{settings.text.name}: {settings.heads} heads of {settings.head_dim}, {settings.dtype_name}, "
-        f"on a {comparison.environment['machine']}."
+        f"{settings.text.name}: {settings.heads} heads of {settings.head_dim}, {settings.dtype_name}. "
+        f"Machine: {comparison.environment['machine']}."
     )
 
 
