@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from pathlib import Path
 
 import click
 
+from tilewise.cli.output import json_option, print_json
 from tilewise.masks.draw import Picture
 from tilewise.masks.expression import NAMES, parse
 
@@ -25,7 +25,7 @@ svg{{max-width:100%;height:auto}}</style></head>
 @click.option("--m", "m", type=click.IntRange(min=1), default=None, help="Keys; as many as query rows unless given.")
 @click.option("--heads", type=click.IntRange(min=1), default=None, help="Query heads, for masks drawn per head.")
 @click.option("--offset", type=int, default=None, help="Position of query row 0 among the keys; m − n unless given.")
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON instead of a picture.")
+@json_option
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page with the picture.")
 def mask(
     expression: str, n: int, m: int | None, heads: int | None, offset: int | None, as_json: bool, html: Path | None
@@ -39,12 +39,11 @@ def mask(
         parsed = parse(expression)
         picture = Picture.of(parsed, n, keys, offset=offset, heads=heads)
     except (ValueError, TypeError) as error:
-        click.echo(str(error), err=True)
-        raise SystemExit(2) from None
+        raise click.UsageError(str(error)) from None
     if html is not None:
         html.write_text(_PAGE.format(title=escape(f"Mask {parsed}"), svg=picture.svg()), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(_figures(picture), indent=2))
+        print_json(_figures(picture))
         return
     click.echo(str(picture))
     if html is not None:

@@ -3,21 +3,8 @@
 from tilewise.masks.algebra import And, Mask, Not, Or, PerHead
 from tilewise.masks.compiler import tile_map
 from tilewise.masks.coverage import TILE
-from tilewise.masks.patterns import (
-    BigBird,
-    Causal,
-    Dense,
-    Dilated,
-    Documents,
-    Global,
-    Longformer,
-    Prefix,
-    Random,
-    RandomTokens,
-    Strided,
-    Tree,
-    Window,
-)
+from tilewise.masks.patterns import Causal, Dilated, Prefix, Strided, Tree, Window
+from tilewise.masks.sets import BigBird, Dense, Documents, Global, Longformer, Random, RandomTokens
 from tilewise.masks.tilemap import TileMap
 from tilewise.masks.tiles import FromTiles
 

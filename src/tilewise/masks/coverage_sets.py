@@ -21,7 +21,7 @@ from tilewise.masks.lines import (
     ranges,
     take_planes,
 )
-from tilewise.masks.patterns import Dense, Documents, Global, Random, RandomTokens
+from tilewise.masks.sets import Dense, Documents, Global, Random, RandomTokens
 
 
 def _units(places: np.ndarray, states: np.ndarray | int, length: int) -> Line:

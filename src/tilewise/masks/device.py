@@ -26,7 +26,8 @@ from tilewise.masks.arrays import Held
 from tilewise.masks.coverage import TILE, Tiling, cover
 from tilewise.masks.frame import Frame, Grid
 from tilewise.masks.lines import EMPTY, FULL, UNDECIDED
-from tilewise.masks.patterns import Causal, Diagonal, Documents, Prefix
+from tilewise.masks.patterns import Causal, Diagonal, Prefix
+from tilewise.masks.sets import Documents
 from tilewise.masks.tensors import TileTensors
 
 _PAIRS = 1 << 24

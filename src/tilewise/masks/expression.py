@@ -20,21 +20,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 from tilewise.masks.algebra import Mask, PerHead
-from tilewise.masks.patterns import (
-    BigBird,
-    Causal,
-    Dense,
-    Dilated,
-    Documents,
-    Global,
-    Longformer,
-    Prefix,
-    Random,
-    RandomTokens,
-    Strided,
-    Tree,
-    Window,
-)
+from tilewise.masks.patterns import Causal, Dilated, Prefix, Strided, Tree, Window
+from tilewise.masks.sets import BigBird, Dense, Documents, Global, Longformer, Random, RandomTokens
 from tilewise.masks.tiles import FromTiles
 
 

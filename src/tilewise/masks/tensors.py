@@ -24,7 +24,7 @@ from tilewise.masks.compiler import settle
 from tilewise.masks.compiler import tile_map as compile_map
 from tilewise.masks.expression import parse
 from tilewise.masks.frame import Frame
-from tilewise.masks.patterns import Dense
+from tilewise.masks.sets import Dense
 from tilewise.masks.tilemap import TileMap
 from tilewise.masks.tiles import FromTiles
 
