@@ -41,17 +41,24 @@ def carry_dlse(dout: Tensor, out: Tensor, dlse: Tensor, dim: int) -> tuple[Tenso
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, additive: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    additive: Tensor | None = None,
+    causal: bool = False,
+    empty: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, N, Dv] and lse [B, H, N] (−∞ in rows that see nothing) for N, M ≥ 1.
 
-    `additive` broadcasts to [B, H, N, M], in q's dtype or float32; `causal` allows j ≤ i.
+    `additive` broadcasts to [B, H, N, M], in q's dtype or float32; `causal` allows j ≤ i. `empty` tells the rows in
+    which all of `additive` is −∞, where the caller knows them: looking costs a quarter of a small tile's time.
     """
     dim = max(q.shape[-1], v.shape[-1])
     wide = widen(q, dim), widen(k, dim), widen(v, dim)
     out, lse = _forward(*wide, 0.0, causal, attn_mask=additive, scale=scale)
     if additive is not None:
-        lse = lse.masked_fill((additive == NEG_INF).all(-1), NEG_INF)
+        lse = lse.masked_fill((additive == NEG_INF).all(-1) if empty is None else empty, NEG_INF)
     return out[..., : v.shape[-1]], lse
 
 

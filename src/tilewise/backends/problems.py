@@ -146,6 +146,7 @@ class ChunkMasks:
         self._dtype = dtype
         self._allowed: dict[object, Tensor] = {}
         self._additive: dict[object, Tensor] = {}
+        self._empty: dict[object, Tensor] = {}
 
     def allowed(self, signature: tuple[Visit, ...]) -> Tensor:
         """bool, True = visible."""
@@ -154,6 +155,10 @@ class ChunkMasks:
     def additive(self, signature: tuple[Visit, ...]) -> Tensor:
         """0 where visible, −∞ elsewhere."""
         return self._joined(self._additive, signature, self._additive_tile)
+
+    def empty_rows(self, signature: tuple[Visit, ...]) -> Tensor:
+        """bool [TILE], True where a row of the chunk sees nothing."""
+        return _remember(self._empty, signature, lambda: ~self.allowed(signature).any(-1))
 
     def _joined(
         self, cache: dict[object, Tensor], signature: tuple[Visit, ...], tile: Callable[[int | None], Tensor]

@@ -120,6 +120,11 @@ class ScoreBlocks:
             self._b = torch.arange(*batch, device=device)
             self._h = torch.arange(*heads, device=device)
 
+    @property
+    def biased(self) -> bool:
+        """Whether anything is added to the scores."""
+        return self._bias is not None or self._relative is not None or self._slopes is not None
+
     def q_rows(self, rows: range) -> Tensor:
         return self.problem.q[:, :, rows.start : rows.stop].to(self.dtype)
 

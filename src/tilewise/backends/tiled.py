@@ -107,6 +107,12 @@ class _Tile(NamedTuple):
             total = masked if total is None else total + masked
         return total
 
+    def empty_rows(self, chunk: Chunk) -> Tensor | None:
+        """Rows that the mask of a chunk leaves nothing, or None where a bias might do so too."""
+        if self.masks is None or chunk.signature is None or self.blocks.biased:
+            return None
+        return self.masks.empty_rows(chunk.signature)[: len(self.rows)]
+
     def gather(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The chunk's keys and values in `dtype`; one range in that dtype is a view."""
         k, v = ([x[:, :, piece.start : piece.stop] for piece in chunk.pieces] for x in (self.problem.k, self.problem.v))
@@ -149,7 +155,7 @@ def _forward_flash(tile: _Tile, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     out, lse = None, None
     for chunk in tile.chunks:
         k, v = tile.gather(chunk, dtype)
-        part = cpu_flash.forward(q, k, v, spec.scale, tile.additive(chunk))
+        part = cpu_flash.forward(q, k, v, spec.scale, tile.additive(chunk), empty=tile.empty_rows(chunk))
         out, lse = part if out is None or lse is None else merge(out, lse, *part)
     if out is None or lse is None:
         out, lse = q.new_zeros(*q.shape[:3], spec.v_head_dim), q.new_full(q.shape[:3], NEG_INF)
