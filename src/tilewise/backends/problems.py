@@ -9,7 +9,7 @@ never appear.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,6 +24,8 @@ from tilewise.masks.tensors import unpack
 from tilewise.spec import AttentionSpec
 
 EVERYTHING = slice(None)
+KEPT_MASKS = 16
+"""Structured masks have a handful of signatures; unstructured ones would fill memory."""
 
 
 class Problem(NamedTuple):
@@ -89,11 +91,15 @@ class RowTiles(NamedTuple):
         return sorted(found, key=lambda visit: visit.keys.start)
 
 
+Signature = tuple[Visit, ...]
+"""Visits by width and bit tile, wherever they lie."""
+
+
 class Chunk(NamedTuple):
     """Visits computed at once. `signature` names the mask: equal signatures have equal masks; None needs none."""
 
     pieces: tuple[range, ...]
-    signature: tuple[Visit, ...] | None = None
+    signature: Signature | None = None
 
     @property
     def width(self) -> int:
@@ -138,67 +144,55 @@ def _chunk(visits: list[Visit]) -> Chunk:
 
 
 class ChunkMasks:
-    """The masks of chunks, [TILE, width], put together from bit tiles that are unpacked once each."""
+    """The masks of chunks, unpacked from bit tiles; what consecutive tiles share is kept."""
 
     def __init__(self, tile_map: TileMap, device: torch.device, dtype: torch.dtype) -> None:
         self._bits = torch.from_numpy(tile_map.bits.view("int32")).to(device)
-        self._device = device
+        self._each_bit = (1 << torch.arange(32, dtype=torch.int64)).to(torch.int32).to(device)
         self._dtype = dtype
-        self._allowed: dict[object, Tensor] = {}
-        self._additive: dict[object, Tensor] = {}
-        self._empty: dict[object, Tensor] = {}
+        self._kept: dict[tuple[Signature, ...], tuple[Tensor, Tensor]] = {}
 
-    def allowed(self, signature: tuple[Visit, ...]) -> Tensor:
-        """bool, True = visible."""
-        return self._joined(self._allowed, signature, self._allowed_tile)
+    def allowed(self, signature: Signature) -> Tensor:
+        """bool [TILE, width], True = visible."""
+        additive, _ = self.additive((signature,))
+        return additive[0] == 0.0
 
-    def additive(self, signature: tuple[Visit, ...]) -> Tensor:
-        """0 where visible, −∞ elsewhere."""
-        return self._joined(self._additive, signature, self._additive_tile)
+    def additive(self, signatures: tuple[Signature, ...]) -> tuple[Tensor, Tensor]:
+        """For G chunks of one width: 0 where visible and −∞ elsewhere [G, TILE, width]; rows without a key [G, TILE].
 
-    def empty_rows(self, signature: tuple[Visit, ...]) -> Tensor:
-        """bool [TILE], True where a row of the chunk sees nothing."""
-        return _remember(self._empty, signature, lambda: ~self.allowed(signature).any(-1))
+        Equal signatures give G = 1, for all of them.
+        """
+        if all(signature == signatures[0] for signature in signatures):
+            signatures = signatures[:1]
+        if signatures not in self._kept:
+            if len(self._kept) >= KEPT_MASKS:
+                self._kept.clear()
+            self._kept[signatures] = self._unpack(signatures)
+        return self._kept[signatures]
 
-    def _joined(
-        self, cache: dict[object, Tensor], signature: tuple[Visit, ...], tile: Callable[[int | None], Tensor]
-    ) -> Tensor:
-        def join() -> Tensor:
-            parts: list[Tensor] = []
-            for visit in signature:
-                whole, rest = divmod(len(visit.keys), TILE)
-                parts += [tile(visit.bits)] * whole
-                if rest:
-                    parts.append(tile(visit.bits)[:, :rest])
-            return torch.cat(parts, dim=1)
-
-        return _remember(cache, signature, join)
-
-    def _allowed_tile(self, bits: int | None) -> Tensor:
-        def unpack_bits() -> Tensor:
-            if bits is None:
-                return torch.ones(TILE, TILE, dtype=torch.bool, device=self._device)
-            shifts = torch.arange(32, dtype=torch.int32, device=self._device)
-            return ((self._bits[bits][:, :, None] >> shifts) & 1).bool().flatten(1)
-
-        return _remember(self._allowed, bits, unpack_bits)
-
-    def _additive_tile(self, bits: int | None) -> Tensor:
-        def fill() -> Tensor:
-            zeros = torch.zeros(TILE, TILE, dtype=self._dtype, device=self._device)
-            return zeros.masked_fill_(~self._allowed_tile(bits), float("-inf"))
-
-        return _remember(self._additive, bits, fill)
+    def _unpack(self, signatures: tuple[Signature, ...]) -> tuple[Tensor, Tensor]:
+        width = sum(len(visit.keys) for visit in signatures[0])
+        tiles = [
+            [
+                -1 if visit.bits is None else visit.bits
+                for visit in signature
+                for _ in range(-(-len(visit.keys) // TILE))
+            ]
+            for signature in signatures
+        ]
+        ids = torch.tensor(tiles, device=self._bits.device)
+        words = self._bits[ids.clamp(min=0)].masked_fill((ids < 0)[..., None, None], -1)
+        words = words.transpose(1, 2).flatten(2)
+        hidden = (words[..., None] & self._each_bit).eq(0).flatten(2)[..., :width]
+        zeros = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
+        return zeros.masked_fill_(hidden, float("-inf")), words.eq(0).all(-1)
 
 
-def _remember(cache: dict[object, Tensor], key: object, make: Callable[[], Tensor]) -> Tensor:
-    """Structured masks have a handful of tiles and signatures; unstructured ones would fill memory."""
-    known = cache.get(key)
-    if known is None:
-        if len(cache) >= 128:
-            cache.clear()
-        known = cache[key] = make()
-    return known
+def _tile_ids(signature: Signature) -> Iterator[int]:
+    """The bit tile of each column tile of a chunk, −1 for one that is all visible."""
+    for visit in signature:
+        for _ in range(0, len(visit.keys), TILE):
+            yield -1 if visit.bits is None else visit.bits
 
 
 def restriction(operands: Operands, spec: AttentionSpec) -> Mask | None:

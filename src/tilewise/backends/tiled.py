@@ -26,6 +26,7 @@ from tilewise.backends.problems import (
     ChunkMasks,
     Problem,
     RowTiles,
+    Visit,
     chunks,
     restriction,
     sequences,
@@ -42,6 +43,9 @@ DENSE_ELEMENTS = 2**22
 """B·H·N·M up to which one N×M mask costs less than walking tiles: at most 16 MiB."""
 FLASH_KEYS = 4096
 """Keys per flash chunk: a tile mask stays within the cache (128 × 4096 float32 = 2 MiB)."""
+
+GROUP = 8
+"""Query tiles that are computed as one batch."""
 
 Engine = Literal["whole", "dense", "flash", "plain"]
 
@@ -87,31 +91,30 @@ class _Tile(NamedTuple):
         """The tile's rows of a [B, H, N, ...] tensor of the whole call."""
         return self.problem.of_rows(x)[:, :, self.rows.start : self.rows.stop]
 
+    @property
+    def fills_cores(self) -> bool:
+        return self.problem.q.shape[0] * self.problem.q.shape[1] >= 2 * torch.get_num_threads()
+
     def allowed(self, chunk: Chunk) -> Tensor | None:
         if self.masks is None or chunk.signature is None:
             return None
         return self.masks.allowed(chunk.signature)[: len(self.rows)]
 
-    def additive(self, chunk: Chunk) -> Tensor | None:
-        """Biases and mask of a chunk as one additive tensor, broadcastable to [B, H, rows, keys], or None."""
+    def mask(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+        """Biases and mask of a chunk as one additive tensor, broadcastable to [B, H, rows, keys], or None; and the rows
+        that the mask leaves nothing, where no bias might do so too."""
         biases: list[Tensor] = []
         for piece in chunk.pieces:
             bias = self.blocks.additive(self.rows, piece)
             if bias is not None:
                 biases.append(bias.expand(*bias.shape[:2], len(self.rows), len(piece)))
-        total = None
+        added = None
         if biases:
-            total = biases[0] if len(biases) == 1 else torch.cat(biases, dim=-1)
-        if self.masks is not None and chunk.signature is not None:
-            masked = self.masks.additive(chunk.signature)[: len(self.rows)]
-            total = masked if total is None else total + masked
-        return total
-
-    def empty_rows(self, chunk: Chunk) -> Tensor | None:
-        """Rows that the mask of a chunk leaves nothing, or None where a bias might do so too."""
-        if self.masks is None or chunk.signature is None or self.blocks.biased:
-            return None
-        return self.masks.empty_rows(chunk.signature)[: len(self.rows)]
+            added = biases[0] if len(biases) == 1 else torch.cat(biases, dim=-1)
+        if self.masks is None or chunk.signature is None:
+            return added, None
+        masked, empty = (x[0, : len(self.rows)] for x in self.masks.additive((chunk.signature,)))
+        return (masked, empty) if added is None else (added + masked, None)
 
     def gather(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The chunk's keys and values in `dtype`; one range in that dtype is a view."""
@@ -147,19 +150,79 @@ def _chunks_of(row_tiles: RowTiles | None, tile: int, m: int, config: TileConfig
     return list(chunks(row_tiles.visits(tile, m), config.block_n, contiguous=config.engine == "plain"))
 
 
-def _forward_flash(tile: _Tile, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _groups(tiles: Iterator[_Tile]) -> Iterator[list[_Tile]]:
+    """Tiles of one problem that see equally many keys, a few at a time, to be computed as one batch.
+
+    The fused kernel's backward spreads over batch and heads only, so where those are few, a single tile would leave
+    cores idle.
+    """
+    waiting: dict[tuple[ScoreBlocks, int], list[_Tile]] = {}
+    blocks: ScoreBlocks | None = None
+    for tile in tiles:
+        if tile.blocks is not blocks:
+            yield from waiting.values()
+            waiting, blocks = {}, tile.blocks
+        if tile.fills_cores or len(tile.chunks) != 1 or len(tile.rows) != TILE or tile.blocks.biased:
+            yield [tile]
+            continue
+        key = tile.blocks, tile.chunks[0].width
+        waiting.setdefault(key, []).append(tile)
+        if len(waiting[key]) == GROUP:
+            yield waiting.pop(key)
+    yield from waiting.values()
+
+
+class _Batch(NamedTuple):
+    """A group of tiles as one batch [G·B, ...] for the fused kernel."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    additive: Tensor | None
+    empty: Tensor | None
+
+    @classmethod
+    def of(cls, group: list[_Tile], chunk: int, dtype: torch.dtype) -> _Batch:
+        """Chunk number `chunk` of each tile; groups of several tiles have one chunk each."""
+        first = group[0]
+        keys = [tile.gather(tile.chunks[chunk], dtype) for tile in group]
+        q = [tile.problem.q[:, :, tile.rows.start : tile.rows.stop].to(dtype) for tile in group]
+        if len(group) == 1:
+            return cls(q[0], *keys[0], *first.mask(first.chunks[chunk]))
+        k, v = zip(*keys, strict=True)
+        return cls(torch.cat(q), torch.cat(k), torch.cat(v), *_shared_mask(group))
+
+
+def _shared_mask(group: list[_Tile]) -> tuple[Tensor | None, Tensor | None]:
+    """One mask for all tiles [1, 1, TILE, width] or one each [G·B, 1, TILE, width], and their empty rows."""
+    masks, batch = group[0].masks, group[0].problem.q.shape[0]
+    signatures = [tile.chunks[0].signature for tile in group]
+    if masks is None or all(signature is None for signature in signatures):
+        return None, None
+    all_visible = (Visit(range(group[0].chunks[0].width)),)
+    additive, empty = masks.additive(tuple(signature or all_visible for signature in signatures))
+    if len(additive) > 1 and batch > 1:
+        additive, empty = additive.repeat_interleave(batch, 0), empty.repeat_interleave(batch, 0)
+    return additive[:, None], empty[:, None]
+
+
+def _forward_flash(group: list[_Tile], spec: AttentionSpec) -> list[tuple[Tensor, Tensor]]:
+    """(out, lse) of each tile."""
+    first = group[0]
+    if not first.chunks:
+        q = first.blocks.q_rows(first.rows)
+        return [(q.new_zeros(*q.shape[:3], spec.v_head_dim), q.new_full(q.shape[:3], NEG_INF))]
     # What will be merged must not be rounded to half precision first.
-    alone = len(tile.chunks) == 1 and tile.blocks.sink is None
-    dtype = tile.problem.q.dtype if alone else tile.blocks.dtype
-    q = tile.problem.q[:, :, tile.rows.start : tile.rows.stop].to(dtype)
+    alone = len(first.chunks) == 1 and first.blocks.sink is None
+    dtype = first.problem.q.dtype if alone else first.blocks.dtype
     out, lse = None, None
-    for chunk in tile.chunks:
-        k, v = tile.gather(chunk, dtype)
-        part = cpu_flash.forward(q, k, v, spec.scale, tile.additive(chunk), empty=tile.empty_rows(chunk))
+    for chunk in range(len(first.chunks)):
+        batch = _Batch.of(group, chunk, dtype)
+        part = cpu_flash.forward(batch.q, batch.k, batch.v, spec.scale, batch.additive, empty=batch.empty)
         out, lse = part if out is None or lse is None else merge(out, lse, *part)
-    if out is None or lse is None:
-        out, lse = q.new_zeros(*q.shape[:3], spec.v_head_dim), q.new_full(q.shape[:3], NEG_INF)
-    return out, lse
+    assert out is not None
+    assert lse is not None
+    return list(zip(out.chunk(len(group)), lse.chunk(len(group)), strict=True))
 
 
 def _forward_plain(tile: _Tile, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -196,13 +259,14 @@ class Tiled:
             out, lse = cpu_flash.forward(operands.q, operands.k, operands.v, spec.scale, additive, causal)
             return (out, lse) if operands.sink is None else merge_sink(out, lse, operands.sink)
         out, lse = empty_output(operands)
-        forward_tile = _forward_flash if config.engine == "flash" else _forward_plain
-        for tile in _tiles(operands, spec, config):
-            part = forward_tile(tile, spec)
-            if tile.blocks.sink is not None:
-                part = merge_sink(*part, tile.blocks.sink)
-            tile.of(out).copy_(part[0])
-            tile.of(lse).copy_(part[1])
+        tiles = _tiles(operands, spec, config)
+        for group in _groups(tiles) if config.engine == "flash" else ([tile] for tile in tiles):
+            parts = _forward_flash(group, spec) if config.engine == "flash" else [_forward_plain(group[0], spec)]
+            for tile, part in zip(group, parts, strict=True):
+                if tile.blocks.sink is not None:
+                    part = merge_sink(*part, tile.blocks.sink)
+                tile.of(out).copy_(part[0])
+                tile.of(lse).copy_(part[1])
         return out, lse
 
     def backward(
@@ -222,27 +286,19 @@ class Tiled:
             return _backward_whole(dout, dlse, operands, out, lse, spec, config, needs)
         dq = empty_ordered(operands.q, spec.head_dim)
         totals = Totals.zeros(operands, needs)
-        for tile in _tiles(operands, spec, config):
-            lse_tile = tile.of(lse)
-            empty = (lse_tile == NEG_INF)[..., None]
-            # Whatever arrives from rows that saw nothing, NaN too, must not reach the others.
-            dout_tile = tile.of(dout).to(tile.blocks.dtype).masked_fill(empty, 0.0)
-            out_tile = tile.of(out).to(tile.blocks.dtype)
-            dlse_tile = None if dlse is None else tile.of(dlse)
-            delta = delta_rows(dout_tile, dlse_tile, out_tile)
-            if totals.sink is not None and tile.blocks.sink is not None:
-                totals.sink[tile.problem.heads].add_(sink_gradient(tile.blocks.sink, lse_tile, delta))
-            q = tile.blocks.q_rows(tile.rows)
-            dq_tile = torch.zeros_like(q)
-            lse_safe = lse_tile[..., None].masked_fill(empty, float("inf"))
-            for chunk in tile.chunks:
-                if config.engine == "flash":
-                    cotangents = dout_tile, dlse_tile
-                    dq_tile += _backward_flash(tile, chunk, q, *cotangents, out_tile, lse_tile, spec, totals)
-                else:
-                    keys, allowed = chunk.pieces[0], tile.allowed(chunk)
-                    dq_tile += tile.blocks.backward(q, dout_tile, delta, lse_safe, tile.rows, keys, allowed, totals)
-            tile.of(dq).copy_(dq_tile)
+        tiles = _tiles(operands, spec, config)
+        for group in _groups(tiles) if config.engine == "flash" else ([tile] for tile in tiles):
+            rows = [_Rows.of(tile, dout, dlse, out, lse) for tile in group]
+            if totals.sink is not None:
+                for tile, row in zip(group, rows, strict=True):
+                    if tile.blocks.sink is not None:
+                        totals.sink[tile.problem.heads].add_(sink_gradient(tile.blocks.sink, row.lse, row.delta))
+            if config.engine == "flash":
+                parts = _backward_flash(group, rows, spec, totals)
+            else:
+                parts = [_backward_plain(group[0], rows[0], totals)]
+            for tile, part in zip(group, parts, strict=True):
+                tile.of(dq).copy_(part)
         return totals.gradients(dq, operands)
 
 
@@ -274,26 +330,56 @@ def _backward_whole(
     return Gradients(dq, dk, dv, sink=dsink)
 
 
-def _backward_flash(
-    tile: _Tile,
-    chunk: Chunk,
-    q: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    spec: AttentionSpec,
-    totals: Totals,
-) -> Tensor:
-    """Add the chunk's dk and dv to `totals` and return its share of dq."""
-    k, v = tile.gather(chunk, q.dtype)
-    dq, dk, dv = cpu_flash.backward(dout, dlse, q, k, v, out, lse, spec.scale, tile.additive(chunk))
-    start = 0
-    for piece in chunk.pieces:
-        part = slice(start, start + len(piece))
-        totals.add_keys(tile.problem, piece, dk[:, :, part], dv[:, :, part])
-        start += len(piece)
+class _Rows(NamedTuple):
+    """What the backward knows of a tile's rows, in accumulator precision."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def of(cls, tile: _Tile, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> _Rows:
+        lse_rows, dtype = tile.of(lse), tile.blocks.dtype
+        # Whatever arrives from rows that saw nothing, NaN too, must not reach the others.
+        dout_rows = tile.of(dout).to(dtype).masked_fill((lse_rows == NEG_INF)[..., None], 0.0)
+        return cls(dout_rows, None if dlse is None else tile.of(dlse), tile.of(out).to(dtype), lse_rows)
+
+    @property
+    def delta(self) -> Tensor:
+        return delta_rows(self.dout, self.dlse, self.out)
+
+
+def _backward_plain(tile: _Tile, rows: _Rows, totals: Totals) -> Tensor:
+    """Add the tile's shares to `totals` and return its dq."""
+    q, delta = tile.blocks.q_rows(tile.rows), rows.delta
+    lse = rows.lse[..., None]
+    lse = lse.masked_fill(lse == NEG_INF, float("inf"))
+    dq = torch.zeros_like(q)
+    for chunk in tile.chunks:
+        keys, allowed = chunk.pieces[0], tile.allowed(chunk)
+        dq += tile.blocks.backward(q, rows.dout, delta, lse, tile.rows, keys, allowed, totals)
     return dq
+
+
+def _backward_flash(group: list[_Tile], rows: list[_Rows], spec: AttentionSpec, totals: Totals) -> list[Tensor]:
+    """Add the group's dk and dv to `totals` and return the dq of each tile."""
+    first, count = group[0], len(group)
+    dout, out, lse = (torch.cat(parts) for parts in zip(*((row.dout, row.out, row.lse) for row in rows), strict=True))
+    dlse = None if rows[0].dlse is None else torch.cat([row.dlse for row in rows if row.dlse is not None])
+    dq = torch.zeros(*dout.shape[:3], spec.head_dim, dtype=dout.dtype)
+    for chunk in range(len(first.chunks)):
+        batch = _Batch.of(group, chunk, first.blocks.dtype)
+        tensors = dout, dlse, batch.q, batch.k, batch.v, out, lse
+        dq_part, dk, dv = cpu_flash.backward(*tensors, spec.scale, batch.additive)
+        dq += dq_part
+        for tile, dk_tile, dv_tile in zip(group, dk.chunk(count), dv.chunk(count), strict=True):
+            start = 0
+            for piece in tile.chunks[chunk].pieces:
+                part = slice(start, start + len(piece))
+                totals.add_keys(tile.problem, piece, dk_tile[:, :, part], dv_tile[:, :, part])
+                start += len(piece)
+    return list(dq.chunk(count))
 
 
 TILED = Tiled()
