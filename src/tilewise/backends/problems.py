@@ -181,11 +181,12 @@ class ChunkMasks:
             for signature in signatures
         ]
         ids = torch.tensor(tiles, device=self._bits.device)
-        words = self._bits[ids.clamp(min=0)].masked_fill((ids < 0)[..., None, None], -1)
-        words = words.transpose(1, 2).flatten(2)
-        hidden = (words[..., None] & self._each_bit).eq(0).flatten(2)[..., :width]
-        zeros = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
-        return zeros.masked_fill_(hidden, float("-inf")), words.eq(0).all(-1)
+        distinct, place = ids.unique(return_inverse=True)
+        words = self._bits[distinct.clamp(min=0)].masked_fill((distinct < 0)[:, None, None], -1)
+        hidden = (words[..., None] & self._each_bit).eq(0).flatten(2)
+        tiles = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        empty = words.eq(0).all(-1)
+        return tiles[place].transpose(1, 2).flatten(2)[..., :width], empty[place].all(1)
 
 
 def _tile_ids(signature: Signature) -> Iterator[int]:
