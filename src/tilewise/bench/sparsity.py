@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tilewise
 from tilewise.bench.timer import interleaved
+from tilewise.masks import tile_map
 from tilewise.reference.sparse import block_sparse_attention
 
 BLOCK = 128
@@ -52,9 +52,9 @@ class Row(NamedTuple):
 def pattern_of(length: int, sparsity: float) -> Pattern:
     blocks = -(-length // BLOCK)
     mask = tilewise.masks.Random(max(1, round(blocks * (1 - sparsity))), block=BLOCK, seed=0, per_head=False)
-    dense = torch.from_numpy(mask.to_dense(length, length)).reshape(length, length)
-    seen = dense[::BLOCK, ::BLOCK]
-    return Pattern(mask, dense, torch.stack([row.nonzero().flatten() for row in seen]))
+    seen = torch.from_numpy(tile_map(mask, length, length).grid()).reshape(blocks, blocks) > 0
+    index = torch.stack([row.nonzero().flatten() for row in seen])
+    return Pattern(mask, seen.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1), index)
 
 
 def call_of(method: str, pattern: Pattern) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -120,9 +120,16 @@ def _report_peak(sender: Connection, method: str, length: int, heads: int, head_
     small, pattern = inputs_of(2 * BLOCK, heads, head_dim), pattern_of(length, sparsity)
     forward_backward(call_of(method, pattern_of(2 * BLOCK, sparsity)), small)
     call, inputs = call_of(method, pattern), inputs_of(length, heads, head_dim)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
+    before = _resident_peak()
     forward_backward(call, inputs)
-    sender.send(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+    sender.send(max(0, _resident_peak() - before))
+
+
+def _resident_peak() -> int:
+    """The largest resident set of this process so far, in bytes (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def table(rows: Sequence[Row]) -> str:
