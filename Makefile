@@ -31,6 +31,7 @@ compare: $(STAMP)
 	@$(BIN)/tilewise compare
 
 test: lint
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto tests/backends/triton
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto
 
 lint: $(STAMP)

@@ -10,6 +10,7 @@ from tilewise.backends.base import Backend, Needs, Operands
 from tilewise.backends.sdpa import SDPA
 from tilewise.backends.standard import STANDARD
 from tilewise.backends.tiled import TILED
+from tilewise.backends.triton import TRITON
 from tilewise.spec import AttentionSpec
 
 
@@ -45,7 +46,7 @@ class Absent:
 
 REGISTRY: dict[tuple[str, str], Backend] = {
     ("attention", "hopper"): Absent("hopper", "its kernels for sm_90 are not part of this version"),
-    ("attention", "triton"): Absent("triton", "its kernels are not part of this version"),
+    ("attention", "triton"): TRITON,
     ("attention", "tiled"): TILED,
     ("attention", "sdpa"): SDPA,
     ("attention", "standard"): STANDARD,

@@ -102,9 +102,8 @@ class Sdpa:
             wide = dim + 8
             dout, out = cpu_flash.carry_dlse(dout, out, dlse, wide)
             q, k, v = (cpu_flash.widen(x, wide) for x in (q, k, v))
-        nothing = torch.empty(0, dtype=torch.int32, device=q.device)
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        lengths = (nothing, nothing, spec.q_len, spec.k_len)
+        lengths = (None, None, spec.q_len, spec.k_len)  # no cumulative lengths: one dense batch
         rest = (0.0, spec.reach[1] is not None, no_dropout, no_dropout[:0])
         grads = _flash_backward(dout, q, k, v, out, lse, *lengths, *rest, scale=spec.scale)
         return Gradients(*(grad[..., :dim] for grad in grads))
