@@ -16,7 +16,7 @@ SAMPLE = random.Random(0).sample([t for t in every_target(90) if t.dtype != "flo
 OTHERS = [random.Random(arch).choice([t for t in every_target(arch) if t.dim <= 128]) for arch in (80, 100, 120)]
 SPILLS = {
     (64, "keys_gradient"): 272,
-    (64, "queries_gradient"): 16,
+    (64, "queries_gradient"): 72,  # with the causal rule under Triton 3.7.1; 16 under 3.6 and 3.9
     (128, "keys_gradient"): 128,
     (256, "attention_forward"): 56,
     (256, "keys_gradient"): 424,
