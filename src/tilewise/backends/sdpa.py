@@ -15,6 +15,7 @@ from tilewise.backends import cpu_flash
 from tilewise.backends.base import Gradients, Needs, Operands
 from tilewise.backends.problems import restriction, sequences
 from tilewise.backends.scores import ScoreBlocks
+from tilewise.errors import UnsupportedError
 from tilewise.spec import AttentionSpec
 
 Engine = Literal["cpu", "cuda"]
@@ -100,6 +101,11 @@ class Sdpa:
         dim = spec.head_dim
         if dlse is not None:
             wide = dim + 8
+            if wide > 256:
+                raise UnsupportedError(
+                    f"backend='sdpa': the gradient through the LSE needs a head dim up to 248 on CUDA, not {dim}. "
+                    "backend='tiled' can"
+                )
             dout, out = cpu_flash.carry_dlse(dout, out, dlse, wide)
             q, k, v = (cpu_flash.widen(x, wide) for x in (q, k, v))
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
