@@ -30,8 +30,8 @@ from tilewise.masks.patterns import Causal, Diagonal, Prefix
 from tilewise.masks.sets import Documents
 from tilewise.masks.tensors import TileTensors
 
-_PAIRS = 1 << 24
-"""Pairs evaluated at once: with int64 indices some hundreds of MB."""
+_PAIRS = 1 << 22
+"""Pairs evaluated at once: with int64 indices some tens of MB."""
 
 
 class Site(NamedTuple):

@@ -7,6 +7,7 @@ it names. Dense and packed calls are one operator: packed tensors enter as a bat
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
 
-from tilewise.backends.base import Backend, Needs, empty_ordered, empty_output, ordered_strides
+from tilewise.backends.base import Backend, Needs, Operands, empty_ordered, empty_output, ordered_strides
 from tilewise.backends.registry import REGISTRY
 from tilewise.ops.arguments import Arguments, describe
 from tilewise.ops.dispatch import Plan, choose
@@ -92,11 +93,69 @@ def _fake_backward(*all_args: Any) -> list[Tensor]:
     ]
 
 
+def _key_set(*names: str) -> Any:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+_WATCHERS = _key_set(
+    "Python",
+    "PythonDispatcher",
+    "PythonTLSSnapshot",
+    "PreDispatch",
+    "Functionalize",
+    "FuncTorchDynamicLayerFrontMode",
+    "FuncTorchBatched",
+    "FuncTorchGradWrapper",
+    "FuncTorchVmapMode",
+    "Negative",
+    "Conjugate",
+    "ZeroTensor",
+).raw_repr()
+"""What makes the dispatcher do more than call the kernel: modes, transforms, subclasses, lazily negated tensors."""
+
+
+def _watched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether anything but the kernel wants to see a call on these tensors. Where nothing does, the implementation is
+    called without the dispatcher, whose two passes over 26 arguments take longer than the launch of a small kernel."""
+    keys = torch._C._dispatch_tls_local_include_set()
+    for x in tensors:
+        if x is not None:
+            keys = keys | torch._C._dispatch_keys(x)
+    return keys.raw_repr() & _WATCHERS != 0 or torch.autograd._profiler_enabled()
+
+
+def attend(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """out and lse of `Arguments`: the operator, or what it would call."""
+    if torch.compiler.is_compiling() or args[0].is_meta or _watched((*args[:11], *args[11])):
+        return attention_op(*args)
+    return _attend(args, _forward)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], plan: Plan, backend: Backend) -> Any:
+    """`attend` for (q, k, v, *options), whose only tensors are q, k and v and whose plan is known."""
+    if _watched((q, k, v)):
+        return attention_op(q, k, v, *options)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _attend((q, k, v, *options), _forward)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents((q, k, v))
+    out, lse = backend.forward(Operands(q, k, v), plan.spec, plan.config)
+    return _in_order(out, q), lse.contiguous()
+
+
+def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.tilewise.attention.default(*args)
+
+
 class _Attention(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.tilewise.attention.default(*args)
+        run = _below_autograd if args[0].is_meta or _watched((*args[:11], *args[11])) else _forward
+        out, lse = run(*args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, lse, *args[:11], *args[11])
         ctx.options = args[12:]
@@ -112,11 +171,9 @@ class _Attention(_SingleLevelFunction):
         if dout is None and dlse is None:
             return tuple(grads)
         dout = torch.zeros_like(out) if dout is None else dout
-        found = iter(
-            torch.ops.tilewise.attention_backward.default(
-                dout, dlse, out, lse, needs, *tensors, mask_tensors, *ctx.options
-            )
-        )
+        watched = torch.is_grad_enabled() or out.is_meta or _watched((dout, dlse, *saved))
+        run = torch.ops.tilewise.attention_backward.default if watched else _backward
+        found = iter(run(dout, dlse, out, lse, needs, *tensors, mask_tensors, *ctx.options))
         for position, want in zip(_DIFFERENTIABLE, needs, strict=True):
             if want:
                 grads[position] = next(found)
@@ -138,6 +195,11 @@ class _AttentionBackward(_SingleLevelFunction):
 
 
 def _autograd_forward(*args: Any) -> Any:
+    return _attend(args, _below_autograd)
+
+
+def _attend(args: tuple[Any, ...], run: Callable[..., Any]) -> Any:
+    """`run`, or the differentiable function where a gradient is wanted."""
     if forward_ad._current_level >= 0:
         _refuse_tangents(args)
     differentiable = torch.is_grad_enabled() and any(
@@ -145,8 +207,7 @@ def _autograd_forward(*args: Any) -> Any:
     )
     if differentiable:
         return _apply(_Attention, args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.tilewise.attention.default(*args)
+    return run(*args)
 
 
 def _autograd_backward(*args: Any) -> list[Tensor]:

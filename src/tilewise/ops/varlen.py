@@ -10,7 +10,7 @@ from tilewise.errors import bad_value
 from tilewise.masks import Mask
 from tilewise.ops import checks
 from tilewise.ops.arguments import Options, Packed, autocast, build, known
-from tilewise.ops.library import attention_op
+from tilewise.ops.library import attend
 from tilewise.spec import Window
 
 
@@ -102,7 +102,7 @@ def attention_varlen(
     checks.heads_and_lengths(*dense, "bhsd")
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     arguments = build(*dense, packed=packed, mask=mask, causal=causal, window=window, **options)
-    out, lse = attention_op(*arguments.seeded())
+    out, lse = attend(arguments.seeded())
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 

@@ -38,7 +38,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _made_current(x: Tensor) -> AbstractContextManager[object]:
+def made_current(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which must be the tensors' own."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
@@ -79,7 +79,7 @@ class TritonBackend:
     def forward(self, operands: Operands, spec: AttentionSpec, config: TritonPlan) -> tuple[Tensor, Tensor]:
         from tilewise.backends.triton.forward import forward
 
-        with _made_current(operands.q):
+        with made_current(operands.q):
             return forward(operands, config, tile_tensors(operands, spec, transposed=False))
 
     def backward(
@@ -97,7 +97,7 @@ class TritonBackend:
 
         tiles = tile_tensors(operands, spec, transposed=False)
         transposed = tile_tensors(operands, spec, transposed=True)
-        with _made_current(operands.q):
+        with made_current(operands.q):
             return backward(dout, dlse, operands, out, lse, config, tiles, transposed, needs)
 
 

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewise.backends.base import Gradients, Needs, Operands
-from tilewise.backends.triton.bias_gradients import dense_gradient, relative_gradient, sink_gradient
+from tilewise.backends.scores import sink_gradient
+from tilewise.backends.triton.bias_gradient import dense_gradient
 from tilewise.backends.triton.dkdv import keys_gradient
 from tilewise.backends.triton.dq import queries_gradient
 from tilewise.backends.triton.features import LOG2E, ceil_div, head_rows, sequence
@@ -34,6 +35,7 @@ from tilewise.backends.triton.launch import (
     unit_last,
     wide,
 )
+from tilewise.backends.triton.relative_gradient import relative_gradient
 from tilewise.masks.tensors import TileTensors
 
 
@@ -180,13 +182,16 @@ def backward(
         compile_time = constants(prepared, tile, wide(k.stride(2), v.stride(2)), tma)
         owners = -(-prepared.q_len // tile.block_m) * prepared.heads * prepared.batch
         launch(queries_gradient, owners, prepared, (q, k, v, dout, lse2, delta, dq), arguments, compile_time, tile)
+    sink = None
+    if needs.sink and operands.sink is not None:
+        sink = sink_gradient(operands.sink.float(), lse, delta[..., None]).to(operands.sink.dtype)
     return Gradients(
         dq,
         dk,
         dv,
         dense_gradient(strided, dout, lse2, delta, prepared, tiles) if needs.bias else None,
         relative_gradient(strided, dout, lse2, delta, prepared, tiles) if needs.relative else None,
-        sink_gradient(operands.sink, lse, delta) if needs.sink and operands.sink is not None else None,
+        sink,
     )
 
 

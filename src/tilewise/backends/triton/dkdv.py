@@ -77,7 +77,6 @@ def _fold_rows(
     BOUND: tl.constexpr,
     BITS: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Add what the query rows at start_m give to dk (without its scale) and dv. BOUND tests i < N when loading."""
     n = geometry[0]
@@ -92,7 +91,7 @@ def _fold_rows(
     else:
         lse2 = tl.load(lse2_ptr + start_m + rows)
     i = (start_m + rows)[None, :]
-    dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    dots = tl.dot(k, tl.trans(q), input_precision="ieee")
     p, capped = probabilities(
         dots, lse2[None, :], i, j, start_m, start_n, bits, bits_id, geometry, extras,
         LEFT, RIGHT, SCORE, False, BITS, True, BLOCK_M, BLOCK_N,
@@ -105,19 +104,19 @@ def _fold_rows(
             delta = tl.load(delta_ptr + start_m + rows, mask=live, other=0.0)
         else:
             delta = tl.load(delta_ptr + start_m + rows)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         if DROPOUT:
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[None, :])
         if SOFTCAP & SCORE:
             ds *= 1.0 - capped * capped
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     # Both accumulating products come last: nothing waits for them before the next tile's scores.
     if WANT_V:
         weights = p
         if DROPOUT:
             weights = tl.where(keep, p * keep_scale, 0.0)
-        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
     return dk, dv
 
 
@@ -201,7 +200,6 @@ def keys_gradient(
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
     WANT_K: tl.constexpr,
     WANT_V: tl.constexpr,
 ):
@@ -271,7 +269,7 @@ def keys_gradient(
                     dk, dv, k, v, q_source, dout_source, stride_qn, stride_on, lse2_ptr + statistics, delta_ptr +
                     statistics, j, rows, dims, v_dims, start_n, tile * BLOCK_M, bits_ptr, 0, geometry, extras, random,
                     place, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT, WANT_K, WANT_V,
-                    False, False, TMA, PRECISION,
+                    False, False, TMA,
                 )  # fmt: skip
                 entry, tile, stop = next_in_run(run_start, run_stop, entry, tile, stop, last_run, BLOCK_M)
             part_first = tl.load(part_begin + row)
@@ -284,7 +282,7 @@ def keys_gradient(
                     dk, dv, k, v, q_source, dout_source, stride_qn, stride_on, lse2_ptr + statistics, delta_ptr +
                     statistics, j, rows, dims, v_dims, start_n, start_m, bits_ptr, tl.load(part_id + part), geometry,
                     extras, random, place, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT,
-                    WANT_K, WANT_V, True, True, TMA, PRECISION,
+                    WANT_K, WANT_V, True, True, TMA,
                 )  # fmt: skip
         else:
             first, full_from, full_to, last = visible_tiles(
@@ -296,14 +294,14 @@ def keys_gradient(
                     dk, dv, k, v, q_source, dout_source, stride_qn, stride_on, lse2_ptr + statistics, delta_ptr +
                     statistics, j, rows, dims, v_dims, start_n, tile * BLOCK_M, bits_ptr, 0, geometry, extras, random,
                     place, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT, WANT_K, WANT_V,
-                    True, False, TMA, PRECISION,
+                    True, False, TMA,
                 )  # fmt: skip
             for tile in range(full_from, full_to):
                 dk, dv = _fold_rows(
                     dk, dv, k, v, q_source, dout_source, stride_qn, stride_on, lse2_ptr + statistics, delta_ptr +
                     statistics, j, rows, dims, v_dims, start_n, tile * BLOCK_M, bits_ptr, 0, geometry, extras, random,
                     place, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, False, False, SCORE, DROPOUT, WANT_K, WANT_V,
-                    False, False, TMA, PRECISION,
+                    False, False, TMA,
                 )  # fmt: skip
 
     if WANT_K:

@@ -72,7 +72,6 @@ def _fold_keys(
     BOUND: tl.constexpr,
     BITS: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Add what the keys at start_n give to dq (without its scale). BOUND tests j < M."""
     m = geometry[1]
@@ -82,19 +81,19 @@ def _fold_keys(
         v_source, batch, kv_head, first_k, start_n, stride_vn, cols, m, v_dims, DV, BLOCK_DV, BLOCK_N, TMA, BOUND
     )
     j = (start_n + cols)[None, :]
-    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dots = tl.dot(q, tl.trans(k), input_precision="ieee")
     p, capped = probabilities(
         dots, lse2[:, None], i, j, start_m, start_n, bits, bits_id, geometry, extras,
         LEFT, RIGHT, SCORE, BOUND, BITS, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     if DROPOUT:
         seed, threshold, keep_scale, h, b = random
         dp = tl.where(kept(seed, threshold, start_m, start_n, h, b, BLOCK_M, BLOCK_N, False), dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
     if SOFTCAP & SCORE:
         ds *= 1.0 - capped * capped
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=SHARED_INTEGERS, do_not_specialize_on_alignment=MAP_ARRAYS)
@@ -173,7 +172,6 @@ def queries_gradient(
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """dq of block_m query rows of one head. stride_o* are dout's here."""
     tile_count = ceil_div(q_len, BLOCK_M)
@@ -235,7 +233,7 @@ def queries_gradient(
             dq = _fold_keys(
                 dq, q, dout, lse2, delta, k_source, v_source, stride_kn, stride_vn, i, cols, dims, v_dims,
                 start_m, tile * BLOCK_N, bits_ptr, 0, geometry, extras, random, place,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT, False, False, TMA, PRECISION,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT, False, False, TMA,
             )  # fmt: skip
             entry, tile, stop = next_in_run(run_start, run_stop, entry, tile, stop, last_run, BLOCK_N)
         part_first = tl.load(part_begin + row)
@@ -247,7 +245,7 @@ def queries_gradient(
             dq = _fold_keys(
                 dq, q, dout, lse2, delta, k_source, v_source, stride_kn, stride_vn, i, cols, dims, v_dims,
                 start_m, start_n, bits_ptr, tl.load(part_id + part), geometry, extras, random, place,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT, True, True, TMA, PRECISION,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT, True, True, TMA,
             )  # fmt: skip
     else:
         first, full_from, full_to, last = visible_tiles(
@@ -257,14 +255,14 @@ def queries_gradient(
             dq = _fold_keys(
                 dq, q, dout, lse2, delta, k_source, v_source, stride_kn, stride_vn, i, cols, dims, v_dims,
                 start_m, tile * BLOCK_N, bits_ptr, 0, geometry, extras, random, place,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, False, False, SCORE, DROPOUT, False, False, TMA, PRECISION,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, False, False, SCORE, DROPOUT, False, False, TMA,
             )  # fmt: skip
         for t in range(first, last - (full_to - full_from)):
             tile = tl.where(t < full_from, t, t + full_to - full_from)
             dq = _fold_keys(
                 dq, q, dout, lse2, delta, k_source, v_source, stride_kn, stride_vn, i, cols, dims, v_dims,
                 start_m, tile * BLOCK_N, bits_ptr, 0, geometry, extras, random, place,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT, True, False, TMA, PRECISION,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE, DROPOUT, True, False, TMA,
             )  # fmt: skip
     dq_ptrs = head_rows(dq_ptr, batch, h, first_q + start_m, rows, dims, stride_gqb, stride_gqh, stride_gqn, True)
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(i < n) & (dims < D)[None, :])

@@ -94,14 +94,13 @@ def _fold(
     BOUND: tl.constexpr,
     BITS: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Fold the KV tile at start_n into (acc, peak, total). LEFT and RIGHT: test the band; BOUND: test j < M."""
     start_m, n, m, offset, left, right, scale_log2, batch, kv_head, first_k = geometry
     k = load_tile(
         k_source, batch, kv_head, first_k, start_n, stride_kn, cols, m, dims, D, BLOCK_D, BLOCK_N, TMA, BOUND
     )  # fmt: skip
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
     j = (start_n + cols)[None, :]
     if SCORE:
         scale, softcap, bias_ptr, bias_stride_n, bias_stride_m, relative_ptr, radius, slope = extras
@@ -149,7 +148,7 @@ def _fold(
     v = load_tile(
         v_source, batch, kv_head, first_k, start_n, stride_vn, cols, m, v_dims, DV, BLOCK_DV, BLOCK_N, TMA, BOUND
     )  # fmt: skip
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, new_peak, total
 
 
@@ -225,7 +224,6 @@ def attention_forward(
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
     TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
     SINK: tl.constexpr,
 ):
     """out [B, H, N, Dv] and lse [B, H, N]; launch.py says what each argument is."""
@@ -286,7 +284,7 @@ def attention_forward(
             acc, peak, total = _fold(
                 acc, peak, total, q, k_source, v_source, stride_kn, stride_vn, tile * BLOCK_N, bits_ptr, 0, i, cols,
                 dims, v_dims, geometry, extras, random, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE,
-                DROPOUT, False, False, TMA, PRECISION,
+                DROPOUT, False, False, TMA,
             )  # fmt: skip
             entry, tile, stop = next_in_run(run_start, run_stop, entry, tile, stop, last_run, BLOCK_N)
         part_first = tl.load(part_begin + row)
@@ -298,7 +296,7 @@ def attention_forward(
             acc, peak, total = _fold(
                 acc, peak, total, q, k_source, v_source, stride_kn, stride_vn, start_n, bits_ptr, tl.load(part_id +
                 part), i, cols, dims, v_dims, geometry, extras, random, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                LEFT, RIGHT, SCORE, DROPOUT, True, True, TMA, PRECISION,
+                LEFT, RIGHT, SCORE, DROPOUT, True, True, TMA,
             )  # fmt: skip
     else:
         first, full_from, full_to, last = visible_tiles(
@@ -308,14 +306,14 @@ def attention_forward(
             acc, peak, total = _fold(
                 acc, peak, total, q, k_source, v_source, stride_kn, stride_vn, tile * BLOCK_N, bits_ptr, 0, i, cols,
                 dims, v_dims, geometry, extras, random, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, False, False, SCORE,
-                DROPOUT, False, False, TMA, PRECISION,
+                DROPOUT, False, False, TMA,
             )  # fmt: skip
         for t in range(first, last - (full_to - full_from)):
             tile = tl.where(t < full_from, t, t + full_to - full_from)
             acc, peak, total = _fold(
                 acc, peak, total, q, k_source, v_source, stride_kn, stride_vn, tile * BLOCK_N, bits_ptr, 0, i, cols,
                 dims, v_dims, geometry, extras, random, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, LEFT, RIGHT, SCORE,
-                DROPOUT, True, False, TMA, PRECISION,
+                DROPOUT, True, False, TMA,
             )  # fmt: skip
 
     if SINK:

@@ -111,8 +111,6 @@ def plan(spec: AttentionSpec) -> TritonPlan:
         "MAP": has_map,
         "SCORE": score,
         "DROPOUT": spec.dropout > 0.0,
-        # Over more than 64 columns the sums of three TF32 products stray further than float32 rounding does.
-        "PRECISION": "tf32x3" if spec.dtype == "float32" and max(block_d, block_dv) <= 64 else "ieee",
     }
     return TritonPlan(
         tiles=configs.tiles_for(spec),
@@ -270,7 +268,6 @@ def constants(prepared: TritonPlan, tile: Tile, wide_rows: bool, tma: bool) -> t
         flags["DROPOUT"],
         wide_rows,
         tma,
-        flags["PRECISION"],
     )
 
 
