@@ -7,13 +7,15 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup compare test lint format clean
+.PHONY: help setup compare bench test lint format clean
 
 help:
 	@echo "make compare   measure exact attention by several methods on this machine (table and HTML report)"
+	@echo "make bench     set it beside PyTorch's kernels and other peers"
 	@echo "make test      lint and test"
 	@echo "make lint      ruff, pyright, import-linter"
 	@echo "make format    rewrite the sources in the project's style"
+	@echo "make compile-all  compile every kernel configuration for sm_90 and keep what it needs (about an hour of one core)"
 	@echo "make setup     create $(VENV) with everything; the targets above do so when needed"
 	@echo "make clean     remove $(VENV) and caches"
 
@@ -30,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 compare: $(STAMP)
 	@$(BIN)/tilewise compare
 
+bench: $(STAMP)
+	@$(BIN)/tilewise bench
+
 test: lint
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto tests/backends/triton
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto
@@ -43,6 +48,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+compile-all: $(STAMP)
+	@$(BIN)/python tests/backends/triton/compile_all.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import tilewise
 from budget import assert_within
 from cases import PAIRS, cotangents, make_case, ours, random_features, sizes_for
+from tilewise.ops.arguments import build
+from tilewise.ops.library import attention_op
 
 pytestmark = pytest.mark.gpu
 
@@ -64,3 +67,39 @@ def test_a_call_can_be_captured() -> None:
 
 def attend(q: torch.Tensor, backend: str) -> torch.Tensor:
     return tilewise.attention(q, q, q, causal=True, backend=backend)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_graphs(dynamic: bool) -> None:
+    def loss(q: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+        out = tilewise.attention(q, q, q, causal=True, sink=sink, backend="triton")
+        return out.float().square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for n in (130, 257):
+        q = torch.randn(1, 4, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        sink = torch.randn(4, device="cuda", requires_grad=True)
+        expected = torch.autograd.grad(loss(q, sink), (q, sink))
+        found = torch.autograd.grad(compiled(q, sink), (q, sink))
+        for have, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(have, want, rtol=2e-2, atol=2e-2)
+
+
+def test_opcheck() -> None:
+    q = torch.randn(1, 4, 70, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+    arguments = build(q, q, q, causal=True, dropout=0.2, backend="triton").seeded()
+    torch.library.opcheck(attention_op, tuple(arguments))
+
+
+def test_checkpointing_repeats_the_dropout_mask() -> None:
+    q = torch.randn(2, 4, 129, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def drop(q: torch.Tensor) -> torch.Tensor:
+        return tilewise.attention(q, q, q, dropout=0.3, backend="triton")
+
+    torch.manual_seed(0)
+    (expected,) = torch.autograd.grad(drop(q).float().square().sum(), q)
+    torch.manual_seed(0)
+    out = torch.utils.checkpoint.checkpoint(drop, q, use_reentrant=False)
+    (found,) = torch.autograd.grad(out.float().square().sum(), q)
+    assert torch.equal(found, expected)

@@ -60,7 +60,12 @@ HOPPER_BANDED = {
     256: TileSet(Tile(128, 64, 8, 2, True), Tile(32, 64, 8, 3, True), Tile(64, 32, 4, 3, True)),
     512: HOPPER[512],
 }
-"""The same with the causal rule or a tile map; measured with the causal rule in the same run."""
+"""The same with the causal rule; measured in the same run."""
+
+HOPPER_MAPPED = {**HOPPER_BANDED, 128: HOPPER_BANDED[128]._replace(dkdv=HOPPER[128].dkdv)}
+"""The same with a tile map: at 0, 50 and 90 % of random empty 128×128 blocks the backward takes 1.08, 0.56 and 0.16 of
+the dense one's time, against 1.14, 0.59 and 0.16 with the causal row (N = 16384, D = 128, 16 heads, same device and
+day)."""
 
 HOPPER_WINDOW = {**HOPPER_BANDED, 64: HOPPER_BANDED[64]._replace(forward=Tile(64, 64, 4, 2, True))}
 """The same with a window: few tiles a row, and finer ones waste less at its two edges (0.45 ms against 0.53 ms and more
@@ -121,6 +126,8 @@ def table_for(spec: AttentionSpec) -> dict[int, TileSet]:
     laden = spec.softcap is not None or spec.dropout > 0.0 or spec.alibi or spec.scale <= 0.0
     if laden or spec.bias is not None or spec.relative is not None:
         return HOPPER_LADEN
-    if spec.windowed and spec.mask is None:
+    if spec.mask is not None:
+        return HOPPER_MAPPED
+    if spec.windowed:
         return HOPPER_WINDOW
-    return HOPPER_BANDED if spec.causal or spec.mask is not None else HOPPER
+    return HOPPER_BANDED if spec.causal else HOPPER

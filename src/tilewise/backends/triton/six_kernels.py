@@ -116,7 +116,7 @@ def six_kernels(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, 
     peak, total = (q.new_empty(batch, heads, n, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(batch, heads, n, v_head_dim)
     key_tiles, row_tiles, all_tiles = triton.cdiv(m, BLOCK_N), triton.cdiv(n, BLOCK_M), triton.cdiv(count, BLOCK_M)
-    blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+    blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "enable_fp_fusion": True}
     wide, v_wide = (max(16, triton.next_power_of_2(size)) for size in (head_dim, v_head_dim))
     scale = head_dim**-0.5 if scale is None else scale
     scores[(key_tiles, row_tiles, batch * heads)](q, k, s, n, m, scale, head_dim, wide, causal, **blocks)

@@ -112,5 +112,6 @@ def v1_order(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, cau
         causal,
         BLOCK_M,
         BLOCK_N,
+        enable_fp_fusion=True,
     )
     return out.to(q.dtype)
