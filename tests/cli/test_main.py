@@ -31,7 +31,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_needs_no_torch() -> None:
     """Of the whole command and of every verb."""
     check = "import atexit; atexit.register(lambda: print({'torch'} & set(sys.modules)));"
-    for arguments in ([], ["compare"], ["explain"], ["doctor"], ["mask"]):
+    for arguments in ([], ["bench"], ["compare"], ["explain"], ["doctor"], ["mask"]):
         done = tilewise(*arguments, "--help", before="import sys;" + check)
         assert done.returncode == OK, done.stderr
         assert done.stdout.endswith("set()\n"), arguments

@@ -12,7 +12,14 @@ import tilewise
 from tilewise.cli import BAD_USAGE, FAILED, INTERRUPTED, OK
 
 VERBS = {
+    "bench": "tilewise beside its peers: right first, then speed and memory in the same rounds.",
     "compare": "Exact attention by every method this machine can run: error, time, memory.",
+    "advise": "Which mechanism and backend for a workload, why, and when not to bother.",
+    "cost": "FLOPs, bytes and memory of attention, and every table that is quoted of it.",
+    "roofline": "Is it bound by memory or by arithmetic, and how near to the bound is it?",
+    "predict": "Time and memory of each backend before it runs, from a short calibration.",
+    "profile": "One call under the profiler: kernels, bytes and FLOPs against the roof.",
+    "lab": "The lessons: list, run, notebooks, one HTML book.",
     "doctor": "What works here and what does not, with the reason and the fix.",
     "explain": "Which backend a problem gets, and why not each other one.",
     "mask": "Draw a mask: its tiles and the work they save.",

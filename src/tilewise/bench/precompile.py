@@ -1,0 +1,63 @@
+"""Compiles what a benchmark needs before it starts, in parallel processes that fill the compilers' caches on disk."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+
+from tilewise.bench.peers import by_name, compiler_settings
+from tilewise.bench.suites import Case
+from tilewise.bench.workload import Workload
+
+COMPILED_PEERS = frozenset({"flex", "flash_attn.cute", "fla"})
+
+
+def compile_ahead(
+    cases: Sequence[Case],
+    backends: Sequence[str],
+    peers: Sequence[str],
+    *,
+    device: torch.device,
+    backward: bool,
+    after_each: Callable[[int, int], object] = lambda done, planned: None,
+) -> None:
+    """Runs every backend and every compiled peer once on every case, each in whichever process is free.
+
+    Whatever refuses there refuses in the benchmark too, which reports it; here it is passed over.
+    """
+    tasks = [(case, name, False) for case in cases for name in backends]
+    tasks += [(case, name, True) for case in cases for name in peers if name in COMPILED_PEERS]
+    workers = max(1, min(len(tasks), (os.cpu_count() or 2) * 3 // 4))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin) as pool:
+        started = [pool.submit(_once, case, device, name, peer, backward) for case, name, peer in tasks]
+        try:
+            for done, future in enumerate(as_completed(started), start=1):
+                future.exception()
+                after_each(done, len(started))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin() -> None:
+    """Ctrl-C is the parent's business, and each process compiles with one thread of its own."""
+    import torch._inductor.config as inductor
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inductor.compile_threads = 1
+
+
+def _once(case: Case, device: torch.device, name: str, peer: bool, backward: bool) -> None:
+    with compiler_settings():
+        work = Workload.of(case, device)
+        out = by_name()[name].prepare(work)() if peer else work.ours(name)()
+        if backward:
+            torch.autograd.grad(out, work.leaves, work.dout)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
