@@ -156,7 +156,7 @@ def test_a_bare_page() -> None:
     page = Page("t", "Headline", "Summary", [], [Section("One", table=table), Section("Two")], {}, "tilewise mask")
     document = Document(render(page))
     assert document.texts["h1"] == ["Headline"]
-    assert document.texts["h2"] == ["One", "Two", "Where this was measured"]
+    assert document.texts["h2"] == ["One", "Two", "Making this page again"]
 
 
 def test_write_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,48 @@
-"""What this machine attains at best, measured in a fraction of a second: the two ceilings of its roofline."""
+"""What this machine attains, measured: its two ceilings in a fraction of a second, and every backend in under a minute.
+
+`machine_rates` gives the roof. `calibrate` also times each backend on random shapes, fits what a unit of work costs
+(`predictor`), and measures the three dots of the roofline: standard attention, a fused kernel, and decoding. Every
+backend passes its self-test first; a backend that fails is left out with the reason.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from tilewise.bench.environment import machine
+import tilewise
+from tilewise.backends.base import BACKEND_NAMES
+from tilewise.bench.environment import machine, usable_cores
+from tilewise.bench.predictor import Sample, fit
+from tilewise.bench.self_test import self_test, small_case
 from tilewise.bench.timer import once
-from tilewise.cost.hardware import Device, measured
+from tilewise.cost.calibration import Calibration, Dot, versions
+from tilewise.cost.counts import self_attention
+from tilewise.cost.hardware import Device, find, measured
+from tilewise.cost.peak import PASSES, Pass
+from tilewise.cost.prediction import Fit
+from tilewise.cost.roofline import dot_specs, dot_step
+from tilewise.errors import UnsupportedError
+from tilewise.spec import AttentionSpec
 
+TRAINING, HELD_OUT = 36, 30
+"""Shapes that a fit is made from, and shapes that it is judged by."""
+CPU_DIMS, GPU_DIMS = (32, 64, 80, 128), (64, 128)
+"""Head dims of those shapes; on a GPU each takes compilations of its own, which a calibration has no time for."""
+SECONDS = 40.0
 _RUNS = 3
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
+
+Progress = Callable[[str, float], object]
 
 
 @dataclass(frozen=True)
@@ -28,16 +58,45 @@ class MachineRates:
 
 
 def as_device(rates: MachineRates, device: torch.device, dtype: str) -> Device:
-    """This machine for the cost model's roofline, with the rates that were measured for `dtype`."""
+    """This machine for the cost model, with the rates that were measured for `dtype`; sizes are the system's word."""
+    how = f"matrix products and copies under PyTorch {torch.__version__}"
+    name, matmul = machine(device), {dtype: rates.matmul}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        arch, memory = f"sm_{card.major}{card.minor}", card.total_memory
-    else:
-        arch, memory = device.type, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    how = f"matrix products and copies under PyTorch {torch.__version__}"
+        known = find(card.name)
+        return measured(
+            name,
+            arch=f"sm_{card.major}{card.minor}",
+            matmul=matmul,
+            bandwidth=rates.copy,
+            memory=card.total_memory,
+            how=how,
+            sms=card.multi_processor_count,
+            shared_per_sm=0 if known is None else known.shared_per_sm,
+            shared_per_block=0 if known is None else known.shared_per_block,
+            registers_per_sm=0 if known is None else known.registers_per_sm,
+            l2=card.L2_cache_size,
+        )
     return measured(
-        machine(device), arch=arch, matmul={dtype: rates.matmul}, bandwidth=rates.copy, memory=memory, how=how
+        name,
+        arch=device.type,
+        matmul=matmul,
+        bandwidth=rates.copy,
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        how=how,
+        sms=usable_cores(),
+        l2=last_level_cache(),
     )
+
+
+def last_level_cache() -> int:
+    """Bytes of the CPU's largest cache as Linux tells it; 0 where it does not."""
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="ascii").strip()
+        unit = {"K": 2**10, "M": 2**20}.get(text[-1:])
+        sizes.append(int(text[:-1]) * unit if unit else int(text))
+    return max(sizes)
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> MachineRates:
@@ -57,3 +116,158 @@ def _least(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of several runs, after one that is not counted."""
     call()
     return min(once(call, device) for _ in range(_RUNS)) / 1e3
+
+
+def random_shapes(count: int, *, dtype: str, device: str, largest: int, seed: int) -> list[AttentionSpec]:
+    """Self-attention problems of every size up to `largest` scores, lengths mostly odd, a third of them causal."""
+    draw = random.Random(seed)
+    shapes: list[AttentionSpec] = []
+    while len(shapes) < count:
+        length = round(2 ** draw.uniform(6, 14 if device != "cpu" else 11))
+        spec = self_attention(
+            length,
+            draw.choice(CPU_DIMS if device == "cpu" else GPU_DIMS),
+            batch=draw.choice((1, 2, 4)),
+            heads=draw.choice((1, 2, 4, 8, 12, 16)),
+            dtype=dtype,
+            causal=draw.random() < 0.33,
+        )
+        if largest / 2**9 <= spec.batch * spec.heads * length * length <= largest:
+            shapes.append(replace(spec, device=device))
+    return shapes
+
+
+def calibrate(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    seconds: float = SECONDS,
+    training: int = TRAINING,
+    held_out: int = HELD_OUT,
+    largest: int | None = None,
+    progress: Progress = lambda label, share: None,
+) -> Calibration:
+    """Measures the ceilings, every backend that runs here and the dots.
+
+    Args:
+        seconds: what the timing may take; at least three rounds over all shapes are run whatever it says.
+        largest: most scores of a shape; 2²³ on a CPU and 2³⁰ on a GPU unless given.
+
+    Raises ValueError for too few training shapes.
+    """
+    start = time.perf_counter()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    name = str(dtype).removeprefix("torch.")
+    progress("measuring the two ceilings", 0.0)
+    rates = machine_rates(device, dtype)
+    here = as_device(rates, device, name)
+    most = largest or (2**23 if device.type == "cpu" else 2**30)
+    shapes = random_shapes(training + held_out, dtype=name, device=here.arch, largest=most, seed=1)
+    runnable = [backend for backend in BACKEND_NAMES if _runs(backend, device)]
+    fits: list[Fit] = []
+    for index, direction in enumerate(PASSES):
+        share = 0.5 * index
+
+        def told(done: float, direction: Pass = direction, share: float = share) -> None:
+            progress(f"timing every backend, {direction}", share + 0.5 * done)
+
+        samples = _time_all(shapes, runnable, direction, device, dtype, seconds / 2, told)
+        for backend, of_backend in samples.items():
+            fits.append(fit(backend, direction, name, of_backend[:training], of_backend[training:], here))
+    rates = rates.or_better(machine_rates(device, dtype))
+    return Calibration(
+        as_device(rates, device, name),
+        versions(),
+        datetime.datetime.now(datetime.UTC).date().isoformat(),
+        time.perf_counter() - start,
+        tuple(dots(device, dtype)),
+        tuple(fits),
+        load,
+    )
+
+
+def _runs(backend: str, device: torch.device) -> bool:
+    """Whether a backend can serve here and passes its self-test."""
+    try:
+        return self_test(small_case(device), backend).passed
+    except UnsupportedError:
+        return False
+
+
+def tensors(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Random q, k, v of a spec's shapes."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (
+        (spec.batch, spec.heads, spec.q_len, spec.head_dim),
+        (spec.batch, spec.kv_heads, spec.k_len, spec.head_dim),
+        (spec.batch, spec.kv_heads, spec.k_len, spec.v_head_dim),
+    )
+    return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
+
+
+def call_of(
+    spec: AttentionSpec, backend: str, direction: Pass, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    """One call of `spec` on `backend`: the forward alone, or forward and backward."""
+    q, k, v = tensors(spec, device, dtype)
+    if direction == "forward":
+        return lambda: tilewise.attention(q, k, v, causal=spec.causal, backend=backend)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    dout = torch.ones(spec.batch, spec.heads, spec.q_len, spec.v_head_dim, dtype=dtype, device=device)
+
+    def both() -> object:
+        out = tilewise.attention(*leaves, causal=spec.causal, backend=backend)
+        return torch.autograd.grad(out, leaves, dout)
+
+    return both
+
+
+def _time_all(
+    shapes: Sequence[AttentionSpec],
+    backends: Sequence[str],
+    direction: Pass,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    told: Callable[[float], object],
+) -> dict[str, list[Sample]]:
+    """Rounds over all shapes and backends, one run each, so that a busy moment hits all alike; the least counts."""
+    runs: dict[tuple[str, int], list[float]] = {}
+    begun = time.perf_counter()
+    done = 0
+    while done < _LEAST_ROUNDS + 1 or (done <= _MOST_ROUNDS and _time_left(begun, done, seconds)):
+        for index, spec in enumerate(shapes):
+            for backend in backends:
+                call = call_of(spec, backend, direction, device, dtype)
+                call()
+                taken = once(call, device) / 1e3
+                if done:  # the first round loads kernels and fills caches
+                    runs.setdefault((backend, index), []).append(taken)
+            told(min(1.0, (done + index / len(shapes)) / (_LEAST_ROUNDS + 1)))
+        done += 1
+    return {
+        backend: [
+            Sample(spec, min(runs[backend, index]), statistics.median(runs[backend, index]))
+            for index, spec in enumerate(shapes)
+        ]
+        for backend in backends
+    }
+
+
+def _time_left(begun: float, rounds: int, seconds: float) -> bool:
+    spent = time.perf_counter() - begun
+    return spent + spent / rounds < seconds
+
+
+def dots(device: torch.device, dtype: torch.dtype) -> list[Dot]:
+    """The three dots, measured: the least of several runs each."""
+    name = str(dtype).removeprefix("torch.")
+    arch = as_device(MachineRates(1.0, 1.0), device, name).arch
+    found: list[Dot] = []
+    for dot, spec in dot_specs(arch, name).items():
+        step = dot_step(dot, spec)
+        call = call_of(spec, "standard" if dot == "standard" else "auto", "forward", device, dtype)
+        with torch.inference_mode():
+            seconds = _least(call, device)
+        found.append(Dot(dot, step.flops, step.bytes, seconds, name))
+    return found

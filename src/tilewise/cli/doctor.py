@@ -8,29 +8,17 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import click
 
-from tilewise.cli import FAILED, OK
+from tilewise.cli import FAILED, OK, troubles
+from tilewise.cli.findings import ABSENT, BROKEN, GOOD, Finding
 from tilewise.cli.output import console, json_option, print_json
 
-GOOD, ABSENT, BROKEN = "ok", "not here", "broken"
-"""A finding's status. Only "broken" makes the exit code 1: what a machine lacks is not an error."""
-
 OLDEST_TORCH = (2, 11)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one probe found; `fix` is what to do about it, if anything."""
-
-    subject: str
-    status: str
-    detail: str
-    fix: str = ""
 
 
 @click.command(short_help="What works here and what does not, with the reason and the fix.")
@@ -60,6 +48,7 @@ def examine() -> list[Finding]:
         _probe("NumPy", lambda: Finding("NumPy", GOOD, _version("numpy"))),
         _probe("Triton", _triton),
     ]
+    findings += [_probe(subject, check) for subject, check in troubles.found_here()]
     try:
         from tilewise.backends.base import BACKEND_NAMES
         from tilewise.ops.dense import explain as _loads

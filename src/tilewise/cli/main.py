@@ -19,6 +19,8 @@ VERBS = {
     "roofline": "Is it bound by memory or by arithmetic, and how near to the bound is it?",
     "predict": "Time and memory of each backend before it runs, from a short calibration.",
     "profile": "One call under the profiler: kernels, bytes and FLOPs against the roof.",
+    "train": "Train a small GPT on real text, with any mechanism.",
+    "generate": "Continue a text with a model of `tilewise train`.",
     "lab": "The lessons: list, run, notebooks, one HTML book.",
     "doctor": "What works here and what does not, with the reason and the fix.",
     "explain": "Which backend a problem gets, and why not each other one.",

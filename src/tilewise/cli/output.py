@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +16,16 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from tilewise.bench.report.page import Page
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+report_option = click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Also write a self-contained HTML page here.",
+)
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -91,3 +102,19 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("this PyTorch sees no GPU; `tilewise doctor` says why", param_hint="--device")
     return torch.device(name)
+
+
+def write_report(page_of: Callable[[str], Page], path: Path) -> None:
+    """Writes the page that `page_of(command)` makes, `command` being the line that runs this again.
+
+    Raises:
+        click.BadParameter: the folder is missing or not writable.
+    """
+    from tilewise.bench.report.page import write
+
+    page = page_of(shlex.join(["tilewise", *(click.get_current_context().obj or ())]))
+    try:
+        write(page, path)
+    except OSError as problem:
+        raise click.BadParameter(f"{str(path)!r}: {problem.strerror}", param_hint="--report") from problem
+    click.echo(f"report: {path}", err=True)

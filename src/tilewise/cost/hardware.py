@@ -22,7 +22,7 @@ _SHARED = "CUDA C++ Programming Guide, technical specifications per compute capa
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One kind of device. Quantities that are unknown or do not exist (multiprocessors of a CPU) are 0."""
+    """One kind of device. Quantities that are unknown or do not exist (shared memory of a CPU) are 0."""
 
     name: str
     arch: str
@@ -34,6 +34,7 @@ class Device:
     memory: int
     """Bytes."""
     sms: int
+    """Multiprocessors; of a CPU the cores that may be used."""
     shared_per_sm: int
     """Bytes that the programs of one multiprocessor share."""
     shared_per_block: int
@@ -41,7 +42,7 @@ class Device:
     registers_per_sm: int
     """Bytes."""
     l2: int
-    """Bytes."""
+    """Bytes of the last level of cache."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each field's number comes from."""
 

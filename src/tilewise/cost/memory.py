@@ -122,3 +122,10 @@ def latent_cache_elements(kv_rank: int, rope_dim: int) -> int:
 def cache_bytes(elements: int, *, tokens: int, layers: int = 1, batch: int = 1, dtype: str = "float16") -> int:
     """A cache with `elements` a token and layer."""
     return elements * tokens * layers * batch * itemsize(dtype)
+
+
+def int8_cache_bytes(
+    kv_heads: int, head_dim: int, v_head_dim: int | None = None, *, tokens: int, layers: int = 1, batch: int = 1
+) -> int:
+    """Keys and values in int8, one byte an element, and one float32 scale a token and head for each of the two."""
+    return (kv_cache_elements(kv_heads, head_dim, v_head_dim) + 2 * 4 * kv_heads) * tokens * layers * batch

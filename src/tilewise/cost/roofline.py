@@ -6,10 +6,10 @@ machine balance `peak / bandwidth`. Source: Williams, Waterman & Patterson, "Roo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from tilewise.cost.counts import forward_flops, ideal_traffic, itemsize, standard_traffic
+from tilewise.cost.counts import forward_flops, ideal_traffic, itemsize, self_attention, standard_traffic
 from tilewise.cost.hardware import Device
 from tilewise.spec import AttentionSpec
 
@@ -85,3 +85,21 @@ def standard_step(spec: AttentionSpec) -> Step:
 def flash_step(spec: AttentionSpec) -> Step:
     """The same FLOPs by the ideal traffic of a fused kernel: N/2 FLOP a byte in 16 bits; the quoted N is an element."""
     return Step("flash", forward_flops(spec).matmul, ideal_traffic(spec).bytes)
+
+
+def dot_specs(arch: str, dtype: str) -> dict[str, AttentionSpec]:
+    """The problems of the roofline's dots: one square, for standard and fused attention, and one decoding step."""
+    if arch == "cpu":
+        square = self_attention(1024, 64, heads=8, dtype=dtype)
+        decode = AttentionSpec(8, 8, 8, 1, 4096, 64, 64, dtype=dtype, scale=64**-0.5)
+    else:
+        square = self_attention(8192, 128, heads=16, dtype=dtype)
+        decode = AttentionSpec(16, 32, 8, 1, 8192, 128, 128, dtype=dtype, scale=128**-0.5)
+    square, decode = replace(square, device=arch), replace(decode, device=arch)
+    return {"standard": square, "flash": square, "decode": decode}
+
+
+def dot_step(name: str, spec: AttentionSpec) -> Step:
+    """Where the model puts a dot: the products' FLOPs on the method's own traffic."""
+    step = standard_step(spec) if name == "standard" else flash_step(spec)
+    return replace(step, name=name)

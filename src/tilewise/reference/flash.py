@@ -79,6 +79,7 @@ def flash_v1(
     allowed: Tensor | None = None,
     block_m: int = 64,
     block_n: int = 64,
+    chip: Chip | None = None,
 ) -> tuple[Partial, Counters]:
     """FlashAttention-1: K, V tiles outside, Q tiles inside, and O, m, l read and written in HBM at every step.
 
@@ -88,6 +89,7 @@ def flash_v1(
         causal: row i sees key j only if `j ≤ i + M − N`; tiles that see nothing are skipped.
         allowed: boolean, True = attend, broadcastable to [B, H, N, M].
         block_m, block_n: rows of a Q tile and of a K, V tile.
+        chip: what counts; a subclass of `Chip` can watch every step.
 
     Returns:
         out [B, H, N, Dv] in q's dtype with lse [B, H, N], and the counters. O waits in HBM in the accumulator dtype,
@@ -99,7 +101,7 @@ def flash_v1(
     mask = tile_mask(q, k, causal, allowed)
     k, v = repeat_kv(q, k), repeat_kv(q, v)
     batch, heads, q_len, _ = q.shape
-    chip = Chip(q.dtype, programs=batch * heads)
+    chip = Chip(q.dtype, programs=batch * heads) if chip is None else chip
 
     out = q.new_zeros((batch, heads, q_len, v.shape[-1]), dtype=chip.acc_dtype)
     m = q.new_full((batch, heads, q_len), NEG_INF, dtype=chip.acc_dtype)
@@ -152,6 +154,7 @@ def flash_v2(
     allowed: Tensor | None = None,
     block_m: int = 64,
     block_n: int = 64,
+    chip: Chip | None = None,
 ) -> tuple[Partial, Counters]:
     """FlashAttention-2: Q tiles outside, K, V tiles inside; O stays on chip and is divided by l once, at the end.
 
@@ -164,7 +167,7 @@ def flash_v2(
     mask = tile_mask(q, k, causal, allowed)
     k, v = repeat_kv(q, k), repeat_kv(q, v)
     batch, heads, q_len, _ = q.shape
-    chip = Chip(q.dtype, programs=batch * heads)
+    chip = Chip(q.dtype, programs=batch * heads) if chip is None else chip
 
     out = q.new_empty((batch, heads, q_len, v.shape[-1]))
     lse = q.new_empty((batch, heads, q_len), dtype=chip.acc_dtype)
