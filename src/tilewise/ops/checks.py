@@ -161,7 +161,7 @@ def broadcasts(name: str, tensor: Tensor, q: Tensor, m: int) -> None:
     """`tensor` against [B, H, N, M] for q [B, H, N, D]."""
     full = (q.shape[0], q.shape[1], q.shape[2], m)
     if tensor.dim() > 4 or any(
-        have not in (1, want) for have, want in zip(tensor.shape[::-1], full[::-1], strict=False)
+        have != 1 and have != want for have, want in zip(tensor.shape[::-1], full[::-1], strict=False)
     ):
         want = f"a shape that broadcasts to [B, H, N, M] = {list(full)}"
         fix = None
