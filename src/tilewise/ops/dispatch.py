@@ -14,7 +14,9 @@ from typing import Any
 from tilewise.backends.base import BACKEND_NAMES
 from tilewise.backends.registry import REGISTRY
 from tilewise.errors import UnsupportedError, bad_value
-from tilewise.spec import AttentionSpec
+from tilewise.spec import AttentionSpec, DecodeSpec
+
+Spec = AttentionSpec | DecodeSpec
 
 _log = logging.getLogger("tilewise")
 
@@ -35,7 +37,7 @@ class Plan:
     reason: str
     rejected: dict[str, str]
     """Every other backend with one sentence on why it was not chosen."""
-    spec: AttentionSpec
+    spec: Spec
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.spec}", f"  {self.backend}: {self.reason}", f"  config: {self.config}"]
@@ -65,7 +67,7 @@ def speed_order(device: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def choose(spec: AttentionSpec, backend: str = "auto", op: str = "attention") -> Plan:
+def choose(spec: Spec, backend: str = "auto", op: str = "attention") -> Plan:
     """The plan for `spec`.
 
     Raises ValueError for an unknown backend name, and UnsupportedError when the named backend cannot serve the spec:
@@ -81,10 +83,12 @@ def choose(spec: AttentionSpec, backend: str = "auto", op: str = "attention") ->
     if not able:
         reasons = "; ".join(f"{name}: {obstacles[name]}" for name in order)
         raise UnsupportedError(f"no backend can run {spec}: {reasons}")
-    chosen = able[0] if backend == "auto" else backend
+    chosen, outrun = _fastest(op, able, spec) if backend == "auto" else (backend, None)
     rejected = {name: obstacles[name] or _not_needed(name, chosen, spec, order) for name in order if name != chosen}
     if backend != "auto":
         reason = "asked for by name"
+    elif outrun is not None:
+        reason = rejected[able[0]] = outrun
     elif chosen == order[0]:
         reason = f"the first choice on {spec.device}"
     else:
@@ -94,14 +98,21 @@ def choose(spec: AttentionSpec, backend: str = "auto", op: str = "attention") ->
     return Plan(op, chosen, REGISTRY[op, chosen].configure(spec), reason, rejected, spec)
 
 
-def _not_needed(name: str, chosen: str, spec: AttentionSpec, order: tuple[str, ...]) -> str:
+def _fastest(op: str, able: list[str], spec: Spec) -> tuple[str, str | None]:
+    """The first that can serve the spec; or one that outruns it there, and why."""
+    ask = getattr(REGISTRY[op, able[0]], "outrun_by", None)
+    found = ask(spec) if ask is not None else None
+    return found if found is not None and found[0] in able else (able[0], None)
+
+
+def _not_needed(name: str, chosen: str, spec: Spec, order: tuple[str, ...]) -> str:
     """Why a backend that could serve was passed over."""
     if order.index(name) < order.index(chosen):
         return f"can serve this and comes first on {spec.device}, but {chosen} was asked for by name"
     return f"can serve this, but {_slower(name, chosen, spec)}"
 
 
-def _slower(name: str, chosen: str, spec: AttentionSpec) -> str:
+def _slower(name: str, chosen: str, spec: Spec) -> str:
     if name == "standard":
         width = 8 if spec.dtype == "float64" else 4
         kibibytes = spec.batch * spec.heads * spec.q_len * spec.k_len * width / 2**10

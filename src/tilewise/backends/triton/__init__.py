@@ -17,7 +17,7 @@ from torch import Tensor
 from tilewise.backends.base import Gradients, Needs, Operands
 from tilewise.backends.triton.configs import largest_head_dim
 from tilewise.backends.triton.launch import TritonPlan, plan, tile_tensors
-from tilewise.spec import AttentionSpec
+from tilewise.spec import AttentionSpec, LinearSpec
 
 
 @cache
@@ -45,6 +45,22 @@ def made_current(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def device_obstacle(spec: AttentionSpec | LinearSpec) -> str | None:
+    """Why no kernel runs on the device of `spec`, or None."""
+    if spec.device == "cpu":
+        if not interpreting():
+            return "it runs on GPUs (TRITON_INTERPRET=1 interprets its kernels on the CPU, for tests)"
+        if spec.dtype == "bfloat16":
+            return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+        return import_obstacle()
+    found = re.fullmatch(r"sm_(\d+)", spec.device)
+    if found is None:
+        return f"its tile shapes are tested on NVIDIA GPUs only, not on {spec.device}"
+    if int(found[1]) < 80:
+        return f"its tile shapes are for sm_80 and newer, not for {spec.device}"
+    return import_obstacle()
+
+
 class TritonBackend:
     """`Backend` on Triton kernels."""
 
@@ -60,18 +76,7 @@ class TritonBackend:
             return "a tile map has one geometry, and packed sequences have many: causal and window work without a map"
         if spec.packed and spec.bias is not None:
             return "a dense bias has no place in packed sequences: relative and ALiBi biases do"
-        if spec.device == "cpu":
-            if not interpreting():
-                return "it runs on GPUs (TRITON_INTERPRET=1 interprets its kernels on the CPU, for tests)"
-            if spec.dtype == "bfloat16":
-                return "Triton's interpreter multiplies bfloat16 matrices wrongly"
-            return import_obstacle()
-        found = re.fullmatch(r"sm_(\d+)", spec.device)
-        if found is None:
-            return f"its tile shapes are tested on NVIDIA GPUs only, not on {spec.device}"
-        if int(found[1]) < 80:
-            return f"its tile shapes are for sm_80 and newer, not for {spec.device}"
-        return import_obstacle()
+        return device_obstacle(spec)
 
     def configure(self, spec: AttentionSpec) -> TritonPlan:
         return plan(spec)

@@ -7,7 +7,7 @@ is as slow as its launcher. Nothing here reads the device, so a call can be capt
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -26,6 +26,26 @@ NO_LIMIT = 1 << 30
 
 TMA_SCORES = 1 << 26
 """Scores from which a call takes longer on the device than its descriptors do on the host (about 0.1 ms)."""
+
+
+class Prepared(Protocol):
+    """What `launch` asks of a plan."""
+
+    @property
+    def plain(self) -> bool: ...
+
+    @property
+    def compiled(self) -> dict[Any, Any]: ...
+
+
+class Shape(Protocol):
+    """What `launch` asks of a launch shape."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
 
 
 class TritonPlan(NamedTuple):
@@ -210,17 +230,23 @@ def broadcast_strides(x: Tensor) -> tuple[int, ...]:
 def launch(
     kernel: Any,
     programs: int,
-    prepared: TritonPlan,
+    prepared: Prepared,
     tensors: tuple[Tensor, ...],
     arguments: tuple[Any, ...],
     constants: tuple[Any, ...],
-    tile: Tile,
+    tile: Shape,
+    *,
+    early: bool = False,
+    registers: int = 0,
 ) -> None:
     """Run `kernel` on a grid of `programs` with `arguments`, then the compile-time `constants`, in its order.
 
     Triton looks a kernel up by the type, alignment and divisibility of every argument, which takes longer than a small
     call computes. Where all of that follows from the plan and the strides of aligned `tensors`, the plan remembers what
     Triton answered.
+
+    `early`: the kernel may start before the one in front of it has ended, and waits for it by itself (sm_90 on).
+    `registers`: the most a thread may have, 0 for no limit.
     """
     key = None
     if prepared.plain and not any(x.data_ptr() & 15 for x in tensors):
@@ -229,8 +255,11 @@ def launch(
         if compiled is not None:
             compiled[programs, 1, 1](*arguments, *constants)
             return
+    options: dict[str, Any] = {"launch_pdl": True} if early else {}
+    if registers:
+        options["maxnreg"] = registers
     compiled = kernel[(programs,)](
-        *arguments, *constants, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True
+        *arguments, *constants, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True, **options
     )
     if key is not None and compiled is not None:
         prepared.compiled[key] = compiled
