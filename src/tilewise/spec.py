@@ -116,3 +116,140 @@ class AttentionSpec:
         dim = f"D={self.head_dim}" if self.head_dim == self.v_head_dim else f"D={self.head_dim}/{self.v_head_dim}"
         shape = f"B={self.batch} {heads} N={self.q_len} M={self.k_len} {dim} {self.dtype} {self.device}"
         return f"{shape} [{', '.join(self.features)}]" if self.features else shape
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpec:
+    """One call of `attention_decode`, or of `attention_varlen` against pages: queries at the end of each sequence.
+
+    `max_length` is the host's bound of the sequences' lengths, rounded up to a power of two so that a growing cache
+    does not make a new spec at every step; the lengths themselves are known on the device only.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    """Query tokens of each sequence; of the longest where they are packed."""
+    max_length: int
+    head_dim: int
+    v_head_dim: int
+    capacity: int
+    """Tokens of one sequence that the cache can hold at once."""
+    dtype: str = "float32"
+    device: str = "cpu"
+    scale: float = 1.0
+    causal: bool = True
+    window: Window = (None, None)
+    page_size: int | None = None
+    """Tokens of a page, or None for a dense cache."""
+    ring: bool = False
+    latent: bool = False
+    """The values are the first columns of the keys."""
+    int8: bool = False
+    padded: bool = False
+    tree: bool = False
+    alibi: bool = False
+    softcap: float | None = None
+    sink: bool = False
+    packed: bool = False
+    q_total: int = 0
+    num_splits: int | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def k_len(self) -> int:
+        """Most keys that a query can see."""
+        return min(self.max_length, self.capacity)
+
+    @property
+    def limits(self) -> Window:
+        """Causal and window as one (left, right)."""
+        left, right = self.window
+        return left, 0 if self.causal and (right is None or right > 0) else right
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The names of what goes beyond plain softmax(QKᵀ)V over a dense cache, for messages and reports."""
+        present = {
+            "causal": self.causal,
+            "window": self.window != (None, None),
+            f"pages of {self.page_size}": self.page_size is not None,
+            "ring": self.ring,
+            "latent": self.latent,
+            "int8": self.int8,
+            "left padding": self.padded,
+            "tree": self.tree,
+            "alibi": self.alibi,
+            "softcap": self.softcap is not None,
+            "sink": self.sink,
+            "GQA": self.group > 1,
+            "packed": self.packed,
+        }
+        return tuple(name for name, there in present.items() if there)
+
+    def as_dict(self) -> dict[str, object]:
+        """A JSON-ready form; `DecodeSpec(**d)` with lists turned to tuples gives the spec back."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        heads = f"H={self.heads}" if self.group == 1 else f"H={self.heads}/{self.kv_heads}"
+        dim = f"D={self.head_dim}" if self.head_dim == self.v_head_dim else f"D={self.head_dim}/{self.v_head_dim}"
+        shape = f"B={self.batch} {heads} T={self.q_len} M≤{self.max_length} {dim} {self.dtype} {self.device}"
+        return f"{shape} [{', '.join(self.features)}]" if self.features else shape
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """One call of `linear_attention`, after feature maps that have no name: `head_dim` is then the feature size.
+
+    A packed problem (`packed=True`) holds `batch` sequences in `q_len` tokens altogether.
+    """
+
+    batch: int
+    heads: int
+    q_len: int
+    k_len: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str = "float32"
+    device: str = "cpu"
+    causal: bool = True
+    feature_map: Literal["identity", "elu", "relu"] = "identity"
+    """What is computed on the way: other maps come before."""
+    decay: Literal["none", "token", "channel"] = "none"
+    """None; one factor a token and head (retention, scalar gates, FAVOR+'s stabiliser); one a key channel (GLA)."""
+    exclusive: bool = False
+    """Token i reads S_{i−1}, as in RWKV-6."""
+    normalize: bool = False
+    scale: float = 1.0
+    state: bool = False
+    """Starts from a given state."""
+    packed: bool = False
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What goes beyond `Σ_j (q_i·k_j) v_j`, for messages and reports."""
+        present = {
+            "causal": self.causal,
+            self.feature_map: self.feature_map != "identity",
+            f"{self.decay} decay": self.decay != "none",
+            "exclusive": self.exclusive,
+            "normalised": self.normalize,
+            "state": self.state,
+            "packed": self.packed,
+        }
+        return tuple(name for name, there in present.items() if there)
+
+    def as_dict(self) -> dict[str, object]:
+        """A JSON-ready form; `LinearSpec(**d)` gives the spec back."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        dim = f"D={self.head_dim}" if self.head_dim == self.v_head_dim else f"D={self.head_dim}/{self.v_head_dim}"
+        shape = f"B={self.batch} H={self.heads} N={self.q_len} M={self.k_len} {dim} {self.dtype} {self.device}"
+        return f"{shape} [{', '.join(self.features)}]" if self.features else shape

@@ -1,0 +1,173 @@
+"""The cache of linear attention: a state of fixed size per sequence, whatever its length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tilewise.caches.base import Rows
+from tilewise.errors import UnsupportedError, bad_value
+from tilewise.reference.linear import LinearState
+
+
+class RecurrentCache:
+    """What `batch` sequences of linear attention remember: `Lifecycle` with a state in place of keys and values.
+
+    Args:
+        heads: H.
+        features: K, the size of φ(k).
+        v_head_dim: Dv.
+        batch: B, sequences.
+        normalized: the attention is normalised, so the state has a z.
+        shifted: the feature map is given in logs (FAVOR+), so the state has a shift.
+        tail: width of the last token's input that is kept beside the state (RWKV's token shift); 0 for none.
+        dtype: of the state; float64 for float64 modules.
+        device: where everything lies.
+
+    A token cannot be taken out of a sum again: `trim` and partial forks raise UnsupportedError.
+    Raises ValueError for sizes below 1.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        features: int,
+        v_head_dim: int,
+        batch: int,
+        *,
+        normalized: bool = False,
+        shifted: bool = False,
+        tail: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, size in (("heads", heads), ("features", features), ("v_head_dim", v_head_dim), ("batch", batch)):
+            if size < 1:
+                raise bad_value(name, size, "at least 1")
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._tensors = {"s": torch.zeros(batch, heads, features, v_head_dim, dtype=dtype, device=device)}
+        if normalized:
+            self._tensors["z"] = torch.zeros(batch, heads, features, dtype=dtype, device=device)
+        if shifted:
+            self._tensors["shift"] = torch.zeros(batch, heads, dtype=dtype, device=device)
+        if tail:
+            self._tensors["tail"] = torch.zeros(batch, tail, dtype=dtype, device=device)
+        self._bound = 0
+        self.reset()
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        return self._bound
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self._tensors.values())
+
+    @property
+    def state(self) -> LinearState:
+        """The state after all tokens so far: the cache's own tensors, not copies."""
+        tensors = self._tensors
+        return LinearState(tensors["s"], tensors.get("z"), tensors.get("shift"))
+
+    @property
+    def tail(self) -> Tensor | None:
+        """[B, width], the last token's input, zeros before the first."""
+        return self._tensors.get("tail")
+
+    def update(self, state: LinearState, tokens: int, tail: Tensor | None = None) -> None:
+        """Replace the state by the one after `tokens` more tokens of each sequence, in place.
+
+        Raises ValueError, with the cache as it was, for a state of another shape.
+        """
+        given = {"s": state.s, "z": state.z, "shift": state.shift, "tail": tail}
+        for name, x in given.items():
+            own = self._tensors.get(name)
+            if (own is None) != (x is None) or (own is not None and x is not None and own.shape != x.shape):
+                got, want = ("none" if y is None else str(list(y.shape)) for y in (x, own))
+                raise bad_value(f"state.{name}", got, want, "make the cache with module.make_cache(batch)")
+        for name, x in given.items():
+            if x is not None:
+                self._tensors[name].copy_(x)
+        self.lengths += tokens
+        self._bound += tokens
+
+    def reorder(self, indices: Sequence[int] | Tensor) -> None:
+        """See `Lifecycle.reorder`."""
+        order = torch.as_tensor(indices, dtype=torch.int64, device=self.lengths.device)
+        if tuple(order.shape) != (self.batch,):
+            raise bad_value("indices", f"{order.numel()} indices", f"one for each of the {self.batch} sequences")
+        for x in (self.lengths, *self._tensors.values()):
+            x.copy_(x[order])
+
+    def fork(self, source: int, destinations: Rows, tokens: int | None = None) -> None:
+        """See `Lifecycle.fork`; all tokens or none."""
+        self._check_rows("source", source)
+        rows = self._check_rows("destinations", destinations)
+        if tokens is not None and tokens not in (0, int(self.lengths[source])):
+            raise UnsupportedError(
+                f"tokens={tokens}: a recurrent state is a sum over all {int(self.lengths[source])} tokens; the "
+                "last ones cannot be taken from it. Fix: fork before appending them"
+            )
+        if tokens == 0:
+            self.free(rows)
+            return
+        for x in (self.lengths, *self._tensors.values()):
+            x[rows] = x[source].clone()
+
+    def trim(self, lengths: Rows | Tensor) -> None:
+        """See `Lifecycle.trim`; only to nothing, or to what there is."""
+        wanted = torch.as_tensor(lengths, dtype=torch.int32).to(self.lengths.device).broadcast_to(self.batch).clone()
+        if bool(((wanted < self.lengths) & (wanted > 0)).any()):
+            raise UnsupportedError(
+                f"lengths={wanted.tolist()}: a recurrent state is a sum over all tokens, from which the last ones "
+                "cannot be taken. Fix: fork the sequence before a draft and drop the fork that is rejected"
+            )
+        self.free(torch.nonzero((wanted == 0) & (self.lengths > 0)).flatten().tolist())
+
+    def free(self, rows: Rows) -> None:
+        """See `Lifecycle.free`."""
+        picked = self._check_rows("rows", rows)
+        if not picked:
+            return
+        self.lengths[picked] = 0
+        for name, x in self._tensors.items():
+            x[picked] = float("-inf") if name == "shift" else 0.0
+
+    def reset(self) -> None:
+        """See `Lifecycle.reset`."""
+        self._bound = 0
+        self.free(range(self.batch))
+
+    def to(self, device: torch.device | str) -> Self:
+        """See `Lifecycle.to`."""
+        self.lengths = self.lengths.to(device)
+        self._tensors = {name: x.to(device) for name, x in self._tensors.items()}
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Lifecycle.state_dict`."""
+        return {"lengths": self.lengths, **self._tensors}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `Lifecycle.load_state_dict`."""
+        own = self.state_dict()
+        if state.keys() != own.keys() or any(state[name].shape != x.shape for name, x in own.items()):
+            got = {name: list(x.shape) for name, x in state.items()}
+            raise bad_value("state", got, str({name: list(x.shape) for name, x in own.items()}))
+        for name, x in own.items():
+            x.copy_(state[name])
+        self._bound = int(self.lengths.max())
+
+    def _check_rows(self, name: str, rows: Rows) -> list[int]:
+        picked = [rows] if isinstance(rows, int) else list(rows)
+        for row in picked:
+            if not 0 <= row < self.batch:
+                raise bad_value(name, row, f"0 to {self.batch - 1}, the sequences of this cache")
+        return picked

@@ -1,0 +1,203 @@
+"""Sparse attention as modules: any mask value, Longformer, BigBird. What a mask forbids is never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from tilewise.errors import UnsupportedError, bad_type, bad_value
+from tilewise.masks import BigBird, Dense, Longformer, Mask, Window
+from tilewise.nn.attention import GroupedQueryAttention, Settings, whole
+from tilewise.ops import checks
+from tilewise.ops.dense import attention
+
+
+class SparseAttention(GroupedQueryAttention):
+    """`GroupedQueryAttention` under a mask value that is part of the module.
+
+    Args:
+        dim: width of input and output, [B, N, dim].
+        heads: H.
+        mask: a mask value of `tilewise.masks`: any size of input, any combination.
+        kv_heads: Hkv; H by default.
+        settings: as of `GroupedQueryAttention`.
+
+    A mask given to `forward` applies on top. There is no cache: a mask value says what a whole sequence sees; decoding
+    with a window is a multi-head module's, with `window=`.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, mask: Mask, *, kv_heads: int | None = None, **settings: Unpack[Settings]
+    ) -> None:
+        super().__init__(dim, heads, heads if kv_heads is None else kv_heads, **settings)
+        if not isinstance(mask, Mask):
+            fix = "tilewise.masks.Dense(tensor)" if isinstance(mask, Tensor) else None
+            raise bad_type("mask", mask, "a mask value of tilewise.masks", fix)
+        self.mask = mask
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        mask: Mask | Tensor | None = None,
+        cache: Any = None,
+        positions: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `GroupedQueryAttention.forward`, under the module's mask and `mask`; a cache raises UnsupportedError."""
+        if cache is not None:
+            raise UnsupportedError(
+                f"cache: {type(self).__name__} computes whole sequences. Fix: leave out the cache, or decode with "
+                "GroupedQueryAttention(window=...)"
+            )
+        return super().forward(q, k, v, mask=_both(self.mask, mask), positions=positions, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mask={self.mask}"
+
+
+class BigBirdAttention(SparseAttention):
+    """BigBird (Zaheer et al., 2020): blocks of a window, some global ones, and random ones for each head.
+
+    Args:
+        dim: width of input and output, [B, N, dim].
+        heads: H.
+        block: tokens a block.
+        window_blocks: blocks a token's window spans, half on each side of it.
+        global_blocks: blocks at the start that see and are seen by all.
+        random_blocks: random key blocks for each block of queries and each head.
+        seed: of the random blocks, which are a pure function of it.
+        kv_heads, settings: as of `SparseAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        block: int = 64,
+        window_blocks: int = 3,
+        global_blocks: int = 1,
+        random_blocks: int = 3,
+        seed: int = 0,
+        kv_heads: int | None = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        mask = BigBird(block, window_blocks, global_blocks, random_blocks, seed)
+        super().__init__(dim, heads, mask, kv_heads=kv_heads, **settings)
+
+
+class LongformerAttention(SparseAttention):
+    """Longformer (Beltagy et al., 2020): a window, and global tokens with projections of their own.
+
+    A token sees the `window` tokens around it and the global ones, through `q_proj`, `k_proj`, `v_proj`. A global token
+    sees all, through `global_q_proj`, `global_k_proj`, `global_v_proj`. Self-attention, bidirectional.
+
+    Args:
+        dim: width of input and output, [B, N, dim].
+        heads: H.
+        window: tokens of the window, half on each side; even.
+        global_tokens: their places.
+        settings: as of `SparseAttention`, without `causal`.
+
+    Raises ValueError or TypeError for an odd window or a place below 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        window: int,
+        global_tokens: Iterable[int] = (),
+        **settings: Any,
+    ) -> None:
+        whole(window=window)
+        if window % 2:
+            raise bad_value("window", window, "an even number: half on each side")
+        if settings.get("causal"):
+            raise bad_value("causal", True, "False: global tokens see all", "SparseAttention(mask=...)")
+        places = tuple(sorted(set(global_tokens)))
+        half = window // 2
+        super().__init__(dim, heads, Longformer(window, places) if places else Window(half, half), **settings)
+        self.global_tokens = places
+        make: dict[str, Any] = {"device": self.q_proj.weight.device, "dtype": self.q_proj.weight.dtype}
+        bias = self.q_proj.bias is not None
+        self.global_q_proj = nn.Linear(dim, heads * self.head_dim, bias=bias, **make)
+        self.global_k_proj = nn.Linear(self.k_dim, heads * self.head_dim, bias=bias, **make)
+        self.global_v_proj = nn.Linear(self.v_dim, heads * self.v_head_dim, bias=bias, **make)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        mask: Mask | Tensor | None = None,
+        cache: Any = None,
+        positions: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Attend, q [B, N, dim] to itself; [B, N, dim].
+
+        Args:
+            mask: key padding, boolean [B, 1, 1, N], True = attend.
+            positions: as in `GroupedQueryAttention.forward`.
+
+        Raises ValueError for k, v or places beyond N, UnsupportedError for another mask or a cache.
+        """
+        if k is not None or v is not None or options:
+            got = ", ".join(options) or "a tensor"
+            raise bad_value("k", got, "None: Longformer is self-attention", "SparseAttention takes k and v")
+        if isinstance(mask, Tensor):
+            checks.boolean_mask(mask)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1:3] != (1, 1)):
+            raise UnsupportedError(
+                "mask: global tokens see all, so only key padding [B, 1, 1, N]. Fix: SparseAttention"
+            )
+        if cache is not None or not self.global_tokens:
+            return super().forward(q, mask=mask, cache=cache, positions=positions)
+        if self.global_tokens[-1] >= q.shape[1]:
+            raise bad_value("global_tokens", self.global_tokens, f"places below N = {q.shape[1]}")
+        self._check(q, q, q, False, None, positions, None, False)
+        dropout = self.dropout if self.training else 0.0
+        places = torch.tensor(self.global_tokens, device=q.device)
+        given: dict[str, Any] = {
+            "softcap": self.softcap,
+            "scale": self.scale,
+            "dropout": dropout,
+            "backend": self.backend,
+        }
+        local, chosen = (
+            attention(*self._projected(q, kind, rows, positions), mask=seen, sink=self.sinks, **given)
+            for kind, rows, seen in (("", None, _both(self.mask, mask)), ("global_", places, mask))
+        )
+        return self._output(local.index_copy(2, places, chosen))
+
+    def _projected(
+        self, x: Tensor, kind: str, rows: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value heads through the projections of one kind; queries of some rows only."""
+        q_proj, k_proj, v_proj = (getattr(self, f"{kind}{name}_proj") for name in "qkv")
+        q = self._heads(
+            q_proj(x if rows is None or self.rotary is not None else x[:, rows]), self.heads, self.head_dim, self.q_norm
+        )
+        k = self._heads(k_proj(x), self.heads, self.head_dim, self.k_norm)
+        if self.rotary is not None:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+            q = q if rows is None else q[:, :, rows]
+        return q, k, self._heads(v_proj(x), self.heads, self.v_head_dim, None)
+
+
+def _both(own: Mask, given: Mask | Tensor | None) -> Mask:
+    if given is None:
+        return own
+    if isinstance(given, Tensor):
+        checks.boolean_mask(given)
+        given = Dense(given)
+    return own & given

@@ -1,0 +1,228 @@
+"""Linear attention's kernels: in the interpreter on small problems, and every selectable shape on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_cases import DEVICE, ON_GPU
+
+import linear_oracle
+from linear_oracle import KINDS, Judged, case, leaves_of
+from tilewise.backends.linear import TILED_LINEAR, LinearOperands
+from tilewise.backends.triton import linear_configs
+from tilewise.backends.triton.linear import TRITON_LINEAR
+from tilewise.ops.dispatch import choose
+from tilewise.ops.linear import explain_linear, linear_attention
+from tilewise.ops.linear_library import linear_route
+from tilewise.reference.linear import LinearState
+from tilewise.spec import LinearSpec
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture(autouse=True)
+def every_row_selectable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What has not passed these tests on a GPU is not selectable there, but here."""
+    monkeypatch.setattr(linear_configs, "proven", lambda spec: True)
+    for cache in (choose, linear_route):
+        cache.cache_clear()
+    yield
+    for cache in (choose, linear_route):
+        cache.cache_clear()
+
+
+FUSED_KINDS = [kind for kind in KINDS if kind != "taylor"]
+INTERPRETED = [
+    kind for kind in FUSED_KINDS if kind not in ("relu+full", "none+retention", "none+near1", "relu+retention")
+]
+"""Enough to reach every branch; the interpreter is slow."""
+BOUNDS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+"""Norm of the error over norm of what is exact. Float32: sums of decays up to 32·60 have an ulp of 1e-4, seen in few
+weights; half precision: a few roundings of the operands of a product (ε is 1e-3 and 8e-3)."""
+
+
+@lru_cache(maxsize=60)
+def judged(kind: str, n: int, state: bool, dtype: torch.dtype) -> Judged:
+    given = case(kind, n, state=state, batch=1, heads=2 if ON_GPU else 1, dim=24 if n % 2 else 16, seed=n)
+    rounded = {
+        name: x.to(dtype if name in ("q", "k", "v") else torch.float32).double() if isinstance(x, Tensor) else x
+        for name, x in given.items()
+    }
+    return Judged(rounded)
+
+
+def errors(problem: Judged, dtype: torch.dtype, **options: Any) -> dict[str, float]:
+    leaves = {
+        name: x.detach().to(dtype if name in ("q", "k", "v") else torch.float32).to(DEVICE).requires_grad_()
+        for name, x in leaves_of(problem.given).items()
+    }
+    given = dict(leaves)
+    state = LinearState(given.pop("s"), given.pop("z")) if "s" in given else None
+    out, last = linear_attention(
+        **given, **problem.options, state=state, return_state=True, backend="triton", **options
+    )
+    outputs = [out, last.s, *([] if last.z is None else [last.z])]
+    cotangents = [c.to(x.dtype).to(DEVICE) for c, x in zip(problem.cotangents, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, materialize_grads=True)
+    return problem.errors(outputs, dict(zip(leaves, grads, strict=True)))
+
+
+@pytest.mark.parametrize("kind", FUSED_KINDS if ON_GPU else INTERPRETED)
+def test_kernels(kind: str) -> None:
+    """One token (recurrent), one ragged chunk, and several segments with a state before them."""
+    for n, state in ((1, True), (67, True)):
+        found = errors(judged(kind, n, state, torch.float32), torch.float32)
+        assert max(found.values()) < BOUNDS[torch.float32], (n, found)
+
+
+@pytest.mark.parametrize("kind", ["elu", "none+scalar", "none+gla"])
+def test_half_precision(kind: str) -> None:
+    found = errors(judged(kind, 35, True, torch.float16), torch.float16)
+    assert max(found.values()) < BOUNDS[torch.float16], found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FUSED_KINDS)
+def test_half_precision_of_everything(kind: str, dtype: torch.dtype) -> None:
+    found = errors(judged(kind, 301, True, dtype), dtype)
+    assert max(found.values()) < BOUNDS[dtype], found
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [("elu", (1, 66, 0, 3)), ("none+rwkv", (1, 66, 0, 3)), ("none+scalar", (2, 1, 70)), ("elu", (2, 1))],
+    ids=str,
+)
+def test_packed(kind: str, lengths: tuple[int, ...]) -> None:
+    parts = [case(kind, n, batch=1, seed=i) for i, n in enumerate(lengths)]
+    names = [name for name in ("q", "k", "v", "decay") if isinstance(parts[0].get(name), Tensor)]
+    packed = {name: torch.cat([part[name] for part in parts], 2).float().to(DEVICE).requires_grad_() for name in names}
+    options = {
+        name: x.float().to(DEVICE) if isinstance(x, Tensor) else x for name, x in parts[0].items() if name not in names
+    }
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).int().to(DEVICE)
+    g = torch.Generator().manual_seed(0)
+    s = torch.randn(len(lengths), 2, 8, 12, generator=g).to(DEVICE).requires_grad_()
+    z = torch.rand(len(lengths), 2, 8, generator=g).to(DEVICE).requires_grad_()
+    leaves = [*packed.values(), s, z]
+    results = []
+    for backend in ("triton", "tiled"):
+        out, last = linear_attention(
+            **packed, **options, state=LinearState(s, z), return_state=True, cu_seqlens=cu_seqlens, backend=backend
+        )
+        g.manual_seed(1)
+        cotangents = [torch.randn(x.shape, generator=g).to(DEVICE) for x in (out, last.s)]
+        grads = torch.autograd.grad([out, last.s], leaves, cotangents, materialize_grads=True)
+        results.append([out.detach(), last.s.detach(), *grads])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).norm() <= 2e-5 * exact.norm()
+
+
+def test_layouts_and_odd_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 50, 2, 17, generator=g).to(DEVICE)[..., 1:] for _ in range(3))
+    out = linear_attention(q, k, v, causal=True, layout="bshd", backend="triton")
+    assert out.is_contiguous()
+    exact = linear_attention(q, k, v, causal=True, layout="bshd", backend="tiled")
+    torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_attention_without_causal_order() -> None:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 40, 16, generator=g).to(DEVICE).requires_grad_()
+    k, v = (torch.randn(1, 2, 300, 16, generator=g).to(DEVICE).requires_grad_() for _ in range(2))
+    results = []
+    for backend in ("triton", "tiled"):
+        out = linear_attention(q, k, v, causal=False, backend=backend)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).norm() <= 2e-5 * exact.norm()
+
+
+def test_what_it_cannot_do() -> None:
+    x = torch.zeros(1, 1, 4, 8, device=DEVICE)
+    wide = torch.zeros(1, 1, 4, 257, device=DEVICE)
+    assert "256" in (TRITON_LINEAR.why_not(explain_linear(wide, wide, wide, causal=True, backend="tiled").spec) or "")  # type: ignore[arg-type]
+    assert "float64" in explain_linear(x.double(), x.double(), x.double(), causal=True).rejected["triton"]
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"normalize": True, "feature_map": "elu"},
+    {"normalize": True, "feature_map": "relu", "causal": False},
+    {"decay": "token", "scale": 0.3},
+    {"decay": "channel"},
+    {"decay": "channel", "exclusive": True},
+    {"decay": "channel", "normalize": True, "feature_map": "elu"},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_selectable_shape(variant: dict[str, Any], dim: int, dtype: torch.dtype) -> None:
+    """Against float64 on the device; several segments, ragged. Compilers have miscompiled such kernels on Hopper."""
+    n, heads = 1100, 3
+    g = torch.Generator(device="cuda").manual_seed(dim)
+    q, k, v, dout = (torch.randn(2, heads, n, dim, generator=g, device="cuda").to(dtype) for _ in range(4))
+    decay = None
+    if "decay" in variant:
+        shape = (2, heads, n, dim) if variant["decay"] == "channel" else (2, heads, n)
+        decay = torch.nn.functional.logsigmoid(torch.randn(shape, generator=g, device="cuda") + 2)
+        decay = torch.where(torch.rand(shape, generator=g, device="cuda") < 0.02, -30.0, decay)
+    spec = LinearSpec(2, heads, n, n, dim, dim, str(dtype).removeprefix("torch."), "sm_90", **variant)
+    plan = TRITON_LINEAR.configure(spec)._replace(length=4 * TRITON_LINEAR.configure(spec).shape.chunk)
+    operands = LinearOperands(q, k, v, decay)
+    result = TRITON_LINEAR.forward(operands, spec, plan, state=True)
+    grads = TRITON_LINEAR.backward(dout, None, None, operands, result.out, result.den, spec, plan, decay is not None)
+    exact_operands = LinearOperands(*(None if x is None else x.double() for x in operands))  # type: ignore[arg-type]
+    tiled = TILED_LINEAR.configure(spec)
+    exact = TILED_LINEAR.forward(exact_operands, spec, tiled, state=True)
+    exact_grads = TILED_LINEAR.backward(
+        dout.double(), None, None, exact_operands, exact.out, exact.den, spec, tiled, decay is not None
+    )
+    for ours, reference in zip((result.out, result.s, *grads[:4]), (exact.out, exact.s, *exact_grads[:4]), strict=True):
+        if ours is not None and reference is not None:
+            error = (ours.double() - reference).norm() / reference.norm()
+            assert error < BOUNDS[dtype]
+
+
+@pytest.mark.gpu
+def test_a_step_costs_the_same_however_long_the_past() -> None:
+    """The state is all there is of it: the same tensors, the same kernel, and a graph that replays."""
+    q, k, v = (torch.randn(1, 16, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    _, state = linear_attention(q, k, v, causal=True, return_state=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, after = linear_attention(q, k, v, causal=True, state=state, return_state=True)
+    graph.replay()
+    expected, expected_after = linear_attention(q, k, v, causal=True, state=state, return_state=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(after.s, expected_after.s)
+    assert after.s.shape == state.s.shape
+
+
+@pytest.mark.gpu
+def test_memory_of_a_million_tokens() -> None:
+    shape = (1, 8, 1 << 20, 64)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    dout = torch.randn_like(q)
+    torch.cuda.reset_peak_memory_stats()
+    grads = torch.autograd.grad(linear_attention(q, k, v, causal=True), (q, k, v), dout)
+    needed = sum(x.nbytes for x in (q, k, v, dout, *grads))
+    assert torch.cuda.max_memory_allocated() < 3 * needed
+
+
+def test_the_oracle_sees_a_wrong_decay() -> None:
+    """A check of the check: a gate of another token is far over the bound."""
+    given = case("none+scalar", 20, batch=1)
+    shifted = {**given, "decay": given["decay"].roll(1, 2)}
+    a, b = (linear_oracle.linear_attention(**x)[0] for x in (given, shifted))
+    assert (a - b).norm() > 1e-2 * a.norm()
