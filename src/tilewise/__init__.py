@@ -14,6 +14,12 @@ _HOME = {
     "attention": "tilewise.ops.dense",
     "explain": "tilewise.ops.dense",
     "attention_varlen": "tilewise.ops.varlen",
+    "attention_decode": "tilewise.ops.decode",
+    "explain_decode": "tilewise.ops.decode",
+    "KVView": "tilewise.ops.views",
+    "linear_attention": "tilewise.ops.linear",
+    "explain_linear": "tilewise.ops.linear",
+    "LinearState": "tilewise.reference.linear",
     "merge": "tilewise.ops.merging",
     "Plan": "tilewise.ops.dispatch",
     "UnsupportedError": "tilewise.errors",
@@ -21,36 +27,54 @@ _HOME = {
 }
 _MODULES = {
     "biases": "tilewise.ops.biases",
+    "caches": "tilewise.caches",
     "cost": "tilewise.cost",
     "masks": "tilewise.masks",
+    "nn": "tilewise.nn",
     "reference": "tilewise.reference",
 }
 
 __all__ = [
     "AttentionSpec",
+    "KVView",
+    "LinearState",
     "Plan",
     "UnsupportedError",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "biases",
+    "caches",
     "cost",
     "explain",
+    "explain_decode",
+    "explain_linear",
+    "linear_attention",
     "masks",
     "merge",
+    "nn",
     "reference",
 ]
 
 if TYPE_CHECKING:
+    from tilewise import caches as caches
     from tilewise import cost as cost
     from tilewise import masks as masks
+    from tilewise import nn as nn
     from tilewise import reference as reference
     from tilewise.errors import UnsupportedError as UnsupportedError
     from tilewise.ops import biases as biases
+    from tilewise.ops.decode import attention_decode as attention_decode
+    from tilewise.ops.decode import explain_decode as explain_decode
     from tilewise.ops.dense import attention as attention
     from tilewise.ops.dense import explain as explain
     from tilewise.ops.dispatch import Plan as Plan
+    from tilewise.ops.linear import explain_linear as explain_linear
+    from tilewise.ops.linear import linear_attention as linear_attention
     from tilewise.ops.merging import merge as merge
     from tilewise.ops.varlen import attention_varlen as attention_varlen
+    from tilewise.ops.views import KVView as KVView
+    from tilewise.reference.linear import LinearState as LinearState
     from tilewise.spec import AttentionSpec as AttentionSpec
 
 

@@ -6,11 +6,17 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from tilewise.backends.base import Backend, Needs, Operands
+from tilewise.backends.base import Needs, Operands
+from tilewise.backends.hopper import HOPPER
+from tilewise.backends.linear import STANDARD_LINEAR, TILED_LINEAR
 from tilewise.backends.sdpa import SDPA
 from tilewise.backends.standard import STANDARD
+from tilewise.backends.standard_decode import STANDARD_DECODE
 from tilewise.backends.tiled import TILED
+from tilewise.backends.tiled_decode import TILED_DECODE
 from tilewise.backends.triton import TRITON
+from tilewise.backends.triton.decoding import TRITON_DECODE
+from tilewise.backends.triton.linear import TRITON_LINEAR
 from tilewise.spec import AttentionSpec
 
 
@@ -44,10 +50,20 @@ class Absent:
         self.configure(spec)
 
 
-REGISTRY: dict[tuple[str, str], Backend] = {
-    ("attention", "hopper"): Absent("hopper", "its kernels for sm_90 are not part of this version"),
+REGISTRY: dict[tuple[str, str], Any] = {
+    ("attention", "hopper"): HOPPER,
     ("attention", "triton"): TRITON,
     ("attention", "tiled"): TILED,
     ("attention", "sdpa"): SDPA,
     ("attention", "standard"): STANDARD,
+    ("decode", "hopper"): Absent("hopper", "its kernels for sm_90 are not part of this version"),
+    ("decode", "triton"): TRITON_DECODE,
+    ("decode", "tiled"): TILED_DECODE,
+    ("decode", "sdpa"): Absent("sdpa", "PyTorch's fused attention knows neither lengths nor pages"),
+    ("decode", "standard"): STANDARD_DECODE,
+    ("linear", "hopper"): Absent("hopper", "its kernels compute a softmax"),
+    ("linear", "triton"): TRITON_LINEAR,
+    ("linear", "tiled"): TILED_LINEAR,
+    ("linear", "sdpa"): Absent("sdpa", "PyTorch's fused attention computes a softmax"),
+    ("linear", "standard"): STANDARD_LINEAR,
 }

@@ -1,0 +1,269 @@
+"""The launcher of the Hopper backward: row statistics, the main kernel, and dQ's conversion.
+
+Nothing here reads the device, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewise.backends.base import Gradients, Needs, Operands
+from tilewise.backends.hopper.launch import LOG2E, NO_LIMIT, for_copy_engine
+from tilewise.backends.triton.launch import tile_tensors
+from tilewise.masks.tensors import TileTensors
+from tilewise.spec import AttentionSpec
+
+PAIR = 128
+"""Query rows that the main kernel walks at a time; the float32 accumulator of dQ is padded to them."""
+KEYS = 128
+"""Keys of one CTA."""
+GRID_ROWS = 65535
+"""The largest second dim of a launch grid."""
+
+
+def backward_obstacle(spec: AttentionSpec) -> str | None:
+    """One true sentence on why this backward cannot serve `spec`, or None if it can."""
+    dims = spec.head_dim, spec.v_head_dim
+    if max(dims) > 128:
+        return "dK and dV of 128 keys fit in the registers up to a head dim of 128"
+    if any(dim % 8 for dim in dims):
+        return "the copy engine writes gradients in rows of multiples of 16 bytes, so head dims must be multiples of 8"
+    if spec.deterministic:
+        return "dQ is added up by the copy engine, in an order that differs from run to run"
+    if spec.batch * spec.heads > GRID_ROWS:
+        return f"its launch grids hold {GRID_ROWS} heads of sequences at most"
+    return None
+
+
+class BackwardPlan(NamedTuple):
+    """What a spec decides before any tensor is seen."""
+
+    block_d: int
+    """Columns of every tile: 64 or 128, whichever holds D and Dv."""
+    left: int
+    right: int
+    offset: int
+    numbers: tuple[float, float, float, float]
+    """scale; then scale·log2 e; with a soft cap c, scale/c and c·log2 e."""
+    constants: tuple[int, ...]
+    """The main kernel's compile-time arguments, in its order."""
+    compiled: dict[Any, Any]
+    """Compiled kernels by what Triton would look them up by."""
+
+
+@cache
+def plan(spec: AttentionSpec) -> BackwardPlan:
+    """The plan of a spec that has no obstacle."""
+    left, right = (None, None) if spec.mask is not None else spec.reach
+    soft = (spec.scale / spec.softcap, spec.softcap * LOG2E) if spec.softcap is not None else (0.0, 0.0)
+    offset_kind = 1 if spec.q_offset == "tensor" else 2 if spec.packed and spec.q_offset is None else 0
+    return BackwardPlan(
+        block_d=64 if max(spec.head_dim, spec.v_head_dim) <= 64 else 128,
+        left=_clamp(left),
+        right=_clamp(right),
+        offset=_clamp(spec.offset),
+        numbers=(spec.scale, spec.scale * LOG2E, *soft),
+        constants=(
+            spec.packed,
+            offset_kind,
+            left is not None,
+            right is not None,
+            spec.mask is not None,
+            spec.softcap is not None,
+        ),
+        compiled={},
+    )
+
+
+def _clamp(side: int | None) -> int:
+    return 0 if side is None else max(-NO_LIMIT, min(side, NO_LIMIT))
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int],
+    prepared: BackwardPlan,
+    tensors: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    num_warps: int,
+) -> None:
+    """Run `kernel`; as in the Triton backend's `launch`, what Triton answered for aligned `tensors` is remembered."""
+    key = None
+    if not any(x.data_ptr() & 15 for x in tensors):
+        key = (kernel, tensors[0].device.index, *(x.stride() for x in tensors))
+        compiled = prepared.compiled.get(key)
+        if compiled is not None:
+            compiled[(*grid, 1)](*arguments)
+            return
+    compiled = kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=True)
+    if key is not None and compiled is not None:
+        prepared.compiled[key] = compiled
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    config: Any,  # noqa: ARG001  (the forward's plan; this one follows from the spec alone)
+    needs: Needs,
+) -> Gradients:
+    """The gradients that `needs` names, of a spec that has no obstacle."""
+    if min(operands.q.numel(), operands.k.numel(), operands.v.numel()) == 0:
+        return _of_nothing(dlse, operands, lse, needs)
+    return run(dout, dlse, operands, out, lse, spec, plan(spec), needs)
+
+
+def run(
+    dout: Tensor,
+    dlse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    prepared: BackwardPlan,
+    needs: Needs,
+) -> Gradients:
+    """Launch the three kernels."""
+    from tilewise.backends.hopper.backward_kernel import attention_backward
+    from tilewise.backends.hopper.conversion import convert_dq
+    from tilewise.backends.hopper.preprocess import row_statistics
+    from tilewise.backends.hopper.primitives import box_descriptor, gl, tile_descriptor
+
+    q, k, v = operands.q, operands.k, operands.v
+    block_d, packed = prepared.block_d, spec.packed
+    # Kept until the kernels are launched: descriptors know addresses only.
+    q, k, v, dout = inputs = [for_copy_engine(x)[0] for x in (q, k, v, dout)]
+    out = out if out.stride(3) == 1 else out.contiguous()
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    pairs = -(-spec.q_len // PAIR)
+    head_rows = -(-(q.shape[2] + PAIR * spec.batch) // PAIR) * PAIR if packed else pairs * PAIR
+    leading = 1 if packed else spec.batch
+    total = leading * spec.heads * head_rows
+    statistics = torch.empty(total * 2, dtype=torch.float32, device=q.device)
+    accumulator = torch.empty(total * block_d, dtype=torch.float32, device=q.device)
+    rows = 64 if block_d == 128 else 128
+    statistics_grid = (pairs * (PAIR // rows), spec.batch * spec.heads)
+    dsink = None
+    if needs.sink and operands.sink is not None:
+        dsink = torch.empty((spec.batch, spec.heads, statistics_grid[0]), dtype=torch.float32, device=q.device)
+    dlse = None if dlse is None else dlse.contiguous()
+    sink = None if dsink is None else operands.sink
+    cu_q, cu_k = operands.cu_seqlens_q, operands.cu_seqlens_k
+    flat = gl.NVMMASharedLayout(0, 32, 2)
+
+    def tiles_of(x: Tensor) -> Any:
+        return tile_descriptor(*for_copy_engine(x), 64, block_d, packed)
+
+    # Before the first launch: the device would wait for the descriptors between the kernels.
+    main_arguments = (
+        *(tiles_of(x) for x in inputs),
+        box_descriptor(statistics, [total // 32, 64], [64, 1], [2, 64], flat),
+        box_descriptor(accumulator, [total * block_d // 256, 256], [256, 1], [16, 256], flat),
+        tiles_of(dk),
+        tiles_of(dv),
+        operands.q_offset,
+        cu_q,
+        cu_k,
+        *_map_arguments(tile_tensors(operands, spec, transposed=True)),
+        spec.heads,
+        spec.kv_heads,
+        spec.q_len,
+        spec.k_len,
+        head_rows,
+        prepared.offset,
+        prepared.left,
+        prepared.right,
+        *prepared.numbers,
+        *prepared.constants,
+    )
+    _launch(
+        row_statistics,
+        statistics_grid,
+        prepared,
+        (out, dout, *(x for x in (lse, dlse, sink, cu_q) if x is not None)),
+        (
+            out,
+            dout,
+            lse,
+            dlse,
+            sink,
+            cu_q,
+            statistics,
+            accumulator,
+            dsink,
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            spec.heads,
+            spec.q_len,
+            q.shape[2],
+            head_rows,
+            v.shape[3],
+            block_d,
+            rows,
+            packed,
+            dlse is not None,
+            dsink is not None,
+        ),
+        num_warps=8,
+    )
+    main_grid = (-(-spec.k_len // KEYS), spec.batch * spec.kv_heads)
+    _launch(attention_backward, main_grid, prepared, (accumulator,), main_arguments, num_warps=4)
+    dq = None
+    if needs.q:
+        dq = torch.empty_like(operands.q)
+        _launch(
+            convert_dq,
+            (pairs * (PAIR // 64) * (block_d // 64), spec.batch * spec.heads),
+            prepared,
+            (dq, *(x for x in (cu_q,) if x is not None)),
+            (
+                accumulator,
+                dq,
+                cu_q,
+                *dq.stride()[:3],
+                spec.heads,
+                spec.q_len,
+                head_rows,
+                spec.scale,
+                q.shape[3],
+                block_d,
+                packed,
+            ),
+            num_warps=4,
+        )
+    return Gradients(
+        dq,
+        dk if needs.k else None,
+        dv if needs.v else None,
+        sink=None if dsink is None or sink is None else dsink.sum((0, 2)).to(sink.dtype),
+    )
+
+
+def _map_arguments(tiles: TileTensors | None) -> tuple[Any, ...]:
+    if tiles is None:
+        return (*(None,) * 9, 1, 1, 1)
+    # A transposed map's "query tiles" are tiles of keys.
+    return (*tiles[4:], tiles.batch, tiles.heads, tiles.q_tiles)
+
+
+def _of_nothing(dlse: Tensor | None, operands: Operands, lse: Tensor, needs: Needs) -> Gradients:
+    """Without rows or keys nothing is attended; only a sink still receives what the LSE's gradient brings."""
+    grads = [
+        torch.zeros_like(x) if wanted else None
+        for x, wanted in zip((operands.q, operands.k, operands.v), (needs.q, needs.k, needs.v), strict=True)
+    ]
+    sink = None
+    if needs.sink and operands.sink is not None:
+        sink = torch.zeros_like(operands.sink)
+        if dlse is not None and lse.numel():
+            share = torch.exp(operands.sink.float()[None, :, None] - lse) * dlse
+            sink = share.masked_fill(lse == -math.inf, 0.0).sum((0, 2)).to(sink.dtype)
+    return Gradients(*grads, sink=sink)

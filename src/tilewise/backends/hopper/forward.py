@@ -1,0 +1,595 @@
+"""Attention forward for Hopper: FlashAttention-3's structure, written in Gluon for Triton's own compiler.
+
+Computes out = softmax(scores)·V and the natural log of the softmax denominator. One CTA a multiprocessor, persistent:
+a producer warpgroup moves K, V and Q tiles into shared memory by the copy engine (TMA), and 2 to 4 consumer
+warpgroups of 64 query rows each multiply (wgmma) and do the softmax.
+
+Tile ownership: a consumer owns 64 query rows of one head from first key to last; the consumers of a CTA own
+neighbouring rows and share every K and V tile. In registers: S (64 × block_n, float32), P as the left operand of P·V,
+the output accumulator (64 × Dv, float32), row maxima and thread-local row sums. In shared memory: one Q buffer a
+consumer, STAGES K and V tiles each, and an output buffer (Q's own where head dims are wide).
+
+Order of a consumer's pipeline, the heart of it: S_{j+1} = Q·K_{j+1}ᵀ is issued, then O += P_j·V_j, then it waits for
+S_{j+1} alone and does its exponentials while the tensor cores still work on P_j·V_j (FlashAttention-3, Shah et al.
+2024). K tiles are handed back as soon as S is there, V tiles one step later, through hardware barriers.
+
+Blocks that need no element test (all keys visible to all rows of the tile) come last, in a loop without any; those on
+the causal diagonal, a window's edges or M, and the partial tiles of a tile map come first, in a loop that masks.
+walk.py says which tile a CTA takes next and which blocks it visits.
+"""
+
+# Kernels are in Triton's language, which checks its own types when it compiles.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
+
+from tilewise.backends.hopper.primitives import (
+    barrier_arrive,
+    barrier_sync,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    record,
+    store_wait,
+    tensor_descriptor,
+    tile_place,
+    tma_load,
+    tma_store,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from tilewise.backends.hopper.walk import (
+    BASE_TILE,
+    QUEUED,
+    block_at,
+    claim_tile,
+    decode_tile,
+    geometry,
+    map_row,
+    next_stage,
+    told_tile,
+    visited_blocks,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+K_FREE = gl.constexpr(6)
+"""Hardware barrier of K stage 0: the consumers arrive when they have read it, the producer waits."""
+V_FREE = gl.constexpr(9)
+"""The same of V stage 0; so there are at most three stages."""
+
+INTEGERS = [
+    "heads", "group", "q_len", "k_len", "q_rows", "row_tiles", "tiles", "programs", "key_blocks", "full_blocks",
+    "left", "right", "map_batch", "map_heads", "map_tiles",
+]  # fmt: skip
+"""Sizes on which the kernel does not specialise, so that a new shape compiles nothing."""
+
+POINTERS = [
+    "sched_ptr", "queue_ptr", "sink_ptr", "offset_ptr", "cu_q_ptr", "cu_k_ptr", "counts_ptr", "run_begin",
+    "run_start", "run_stop", "part_begin", "part_col", "part_id", "bits_ptr",
+]  # fmt: skip
+"""Arrays whose alignment differs from call to call."""
+
+
+@record
+class Call:
+    """What producer and consumers know of the call."""
+
+    q_desc: tensor_descriptor
+    k_desc: tensor_descriptor
+    v_desc: tensor_descriptor
+    out_desc: tensor_descriptor
+    lse_ptr: gl.tensor
+    sched_ptr: gl.tensor
+    queue_ptr: gl.tensor
+    sink_ptr: gl.tensor
+    offset_ptr: gl.tensor
+    cu_q_ptr: gl.tensor
+    cu_k_ptr: gl.tensor
+    counts_ptr: gl.tensor
+    run_begin: gl.tensor
+    run_start: gl.tensor
+    run_stop: gl.tensor
+    part_begin: gl.tensor
+    part_col: gl.tensor
+    part_id: gl.tensor
+    bits_ptr: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor
+    q_len: gl.tensor
+    k_len: gl.tensor
+    q_rows: gl.tensor
+    row_tiles: gl.tensor
+    tiles: gl.tensor
+    programs: gl.tensor
+    key_blocks: gl.tensor
+    full_blocks: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+    map_batch: gl.tensor
+    map_heads: gl.tensor
+    map_tiles: gl.tensor
+    scale_log2: gl.tensor
+    softcap_in: gl.tensor
+    q_s: gl.shared_memory_descriptor
+    k_s: gl.shared_memory_descriptor
+    v_s: gl.shared_memory_descriptor
+    out_s: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    q_free: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    tile_s: gl.shared_memory_descriptor
+    tile_full: gl.shared_memory_descriptor
+    tile_free: gl.shared_memory_descriptor
+    LINE: gl.constexpr
+    WARPGROUPS: gl.constexpr
+    BLOCK_N: gl.constexpr
+    D: gl.constexpr
+    DV: gl.constexpr
+    STAGES: gl.constexpr
+    ORDER: gl.constexpr
+    LEFT: gl.constexpr
+    RIGHT: gl.constexpr
+    ALIGNED: gl.constexpr
+    OFFSET: gl.constexpr
+    PACKED: gl.constexpr
+    MAP: gl.constexpr
+    SOFTCAP: gl.constexpr
+    SINK: gl.constexpr
+    Q_IN_REGISTERS: gl.constexpr
+    OUT_OVER_Q: gl.constexpr
+    CHAINS: gl.constexpr
+
+
+@gluon.jit
+def _load_block(call, of_keys, key, begins, of_rows, row, count, stage, phase, loaded):
+    """Move the K and V tiles that begin at key `key`, and if the tile `begins` here, Q. `of_…` says of whose.
+
+    K goes first, so that the next tile's first K is on its way while the consumers finish this one's last block.
+    """
+    THREADS: gl.constexpr = 128 * (call.WARPGROUPS + 1)
+    batch, kv_head, first_k, m = of_keys
+    place = tile_place(batch, kv_head, key, first_k, m, call.PACKED)
+    if loaded >= call.STAGES:
+        barrier_sync(K_FREE + stage, THREADS)
+    mbarrier.expect(call.k_full.index(stage), call.BLOCK_N * call.D * 2)
+    tma_load(call.k_desc, place, call.k_full.index(stage), call.k_s.index(stage))
+    if begins:
+        for w in gl.static_range(call.WARPGROUPS):
+            mbarrier.wait(call.q_free.index(w), (count & 1) ^ 1)
+            mbarrier.expect(call.q_full.index(w), 64 * call.D * 2)
+            _, head, first_q, n = of_rows
+            q_place = tile_place(batch, head, row + 64 * w, first_q, n, call.PACKED)
+            tma_load(call.q_desc, q_place, call.q_full.index(w), call.q_s.index(w))
+    if loaded >= call.STAGES:
+        barrier_sync(V_FREE + stage, THREADS)
+    mbarrier.expect(call.v_full.index(stage), call.BLOCK_N * call.DV * 2)
+    tma_load(call.v_desc, place, call.v_full.index(stage), call.v_s.index(stage))
+    stage, phase = next_stage(stage, phase, call.STAGES)
+    return stage, phase, loaded + 1
+
+
+@gluon.jit
+def _producer(call):
+    stage = 0
+    phase = 0
+    loaded = 0
+    count = 0
+    tile = claim_tile(call, 0)
+    while tile >= 0:
+        next_tile = claim_tile(call, count + 1)
+        b, h, start = decode_tile(call, tile)
+        batch, first_q, n, first_k, m, left, right = geometry(call, b)
+        of_keys = (batch, h // call.group, first_k, m)
+        of_rows = (batch, h, first_q, n)
+        if call.MAP:
+            row, parts, fulls = map_row(call, b, h, start)
+            ratio: gl.constexpr = BASE_TILE // call.BLOCK_N
+            part = gl.load(call.part_begin + row)
+            for i in range(0, gl.maximum(parts, 1 - gl.minimum(fulls, 1))):
+                base = gl.load(call.part_col + part + i // ratio, mask=parts > 0, other=0)
+                key = base * BASE_TILE + (i % ratio) * call.BLOCK_N
+                stage, phase, loaded = _load_block(
+                    call, of_keys, key, i == 0, of_rows, start, count, stage, phase, loaded
+                )
+            entry = gl.load(call.run_begin + row)
+            block = gl.load(call.run_start + entry, mask=fulls > 0, other=0) * ratio
+            stop = gl.load(call.run_stop + entry, mask=fulls > 0, other=0) * ratio
+            for i in range(0, fulls):
+                stage, phase, loaded = _load_block(
+                    call, of_keys, block * call.BLOCK_N, (i == 0) & (parts == 0), of_rows, start, count, stage, phase,
+                    loaded,
+                )  # fmt: skip
+                block += 1
+                next_run = (block >= stop) & (i + 1 < fulls)
+                entry += next_run.to(gl.int32)
+                block = gl.where(next_run, gl.load(call.run_start + entry, mask=next_run, other=0) * ratio, block)
+                stop = gl.where(next_run, gl.load(call.run_stop + entry, mask=next_run, other=0) * ratio, stop)
+        else:
+            first, full_from, full_to, last = visited_blocks(call, start, start + 64 * call.WARPGROUPS, left, right, m)
+            for i in range(0, last - first):
+                key = block_at(call, i, first, full_from, full_to, last) * call.BLOCK_N
+                stage, phase, loaded = _load_block(
+                    call, of_keys, key, i == 0, of_rows, start, count, stage, phase, loaded
+                )
+        tile = next_tile
+        count += 1
+
+
+@gluon.jit
+def _row_sums(p, BLOCK_N: gl.constexpr):
+    """[64, 4]: each thread adds up its own part of a row; the four of a quad are put together once a tile."""
+    return gl.sum(gl.sum(p.reshape([64, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _row_max(s, BLOCK_N: gl.constexpr, CHAINS: gl.constexpr):
+    """Row maxima [64]; as 4·CHAINS independent chains of comparisons a thread instead of two serial ones."""
+    if CHAINS == 0:
+        peak = gl.max(s, 1)
+    else:
+        peak = gl.max(gl.max(gl.max(s.reshape([64, CHAINS, BLOCK_N // 8 // CHAINS, 8]), 2), 1), 1)
+        peak = gl.convert_layout(peak, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+    return peak
+
+
+@gluon.jit
+def _hide(call, s, rows, key, left, right, m, bits, other):
+    """−∞ where a row may not see a key. `key` is the block's first key; `bits` its bit tile, or `other` for all."""
+    S_LAYOUT: gl.constexpr = s.type.layout
+    if call.MAP:
+        WORDS: gl.constexpr = call.BLOCK_N // 32
+        s = s.reshape([64, WORDS, 32])
+        WORD_LAYOUT: gl.constexpr = gl.SliceLayout(2, s.type.layout)
+        row = gl.convert_layout(rows, gl.SliceLayout(1, WORD_LAYOUT))
+        word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, WORD_LAYOUT))
+        at = call.bits_ptr + bits.to(gl.int64) * (BASE_TILE * BASE_TILE // 32)
+        at += (row % BASE_TILE)[:, None] * (BASE_TILE // 32) + (key % BASE_TILE // 32 + word)[None, :]
+        # Without a bit tile (−1) all keys of the block are alike.
+        words = gl.load(at, mask=(bits >= 0) & (row >= 0)[:, None], other=other)
+        lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, s.type.layout)))
+        visible = (words[:, :, None] >> lane[None, None, :]) & 1
+        s = gl.where(visible != 0, s, -float("inf"))
+        s = gl.convert_layout(s.reshape([64, call.BLOCK_N]), S_LAYOUT, assert_trivial=True)
+    else:
+        columns = key + gl.arange(0, call.BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+        if call.RIGHT:
+            farthest = gl.minimum(rows + right, m - 1)
+            s = gl.where(columns[None, :] <= farthest[:, None], s, -float("inf"))
+        if call.LEFT:
+            s = gl.where(columns[None, :] >= (rows + left)[:, None], s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def _capped(call, s):
+    """tanh(s·scale / c), to 2·10⁻⁷ absolute: what the exponent needs. Its unit is then c, which `scale_log2` holds."""
+    if call.SOFTCAP:
+        s = 1.0 - 2.0 / (1.0 + gl.exp2(s * call.softcap_in))
+    return s
+
+
+@gluon.jit
+def _scores(call, q, stage):
+    """Issue S = Q·Kᵀ of a stage."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_N, 16])
+    k = call.k_s.index(stage).reshape([call.BLOCK_N, call.D]).permute([1, 0])
+    zero = gl.zeros([64, call.BLOCK_N], gl.float32, S_LAYOUT)
+    return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _step(call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m, bits, masked, MASK: gl.constexpr):
+    """One block: S of this stage, and O += P·V of the stage before, which overlaps with this block's softmax."""
+    THREADS: gl.constexpr = 128 * (call.WARPGROUPS + 1)
+    v_stage = stage
+    v_phase = phase
+    stage, phase = next_stage(stage, phase, call.STAGES)
+    mbarrier.wait(call.k_full.index(stage), phase)
+    s_issued = _scores(call, q, stage)
+    mbarrier.wait(call.v_full.index(v_stage), v_phase)
+    v = call.v_s.index(v_stage).reshape([call.BLOCK_N, call.DV])
+    acc_issued = warpgroup_mma(p, v, acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s_issued])
+    barrier_arrive(K_FREE + stage, THREADS)
+
+    s = _capped(call, s)
+    if MASK:  # noqa: SIM102  (one is a compile-time constant, the other is not)
+        if masked:
+            s = _hide(call, s, rows, key, left, right, m, bits, 0)
+    new_peak = gl.maximum(peak, _row_max(s, call.BLOCK_N, call.CHAINS) * call.scale_log2)
+    base = new_peak
+    if MASK:
+        # A row that has seen nothing yet has a peak of −∞, and −∞ − (−∞) must not be formed.
+        base = gl.where(new_peak == -float("inf"), 0.0, new_peak)
+    decay = gl.exp2(peak - base)
+    weights = gl.exp2(s * call.scale_log2 - base[:, None])
+    sums = _row_sums(weights, call.BLOCK_N)
+    total = total * gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout), assert_trivial=True)[:, None] + sums
+
+    acc, weights = warpgroup_mma_wait(0, deps=[acc_issued, weights])
+    barrier_arrive(V_FREE + v_stage, THREADS)
+    p = gl.convert_layout(weights.to(call.out_desc.dtype), p.type.layout)
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return p, acc, new_peak, total, stage, phase
+
+
+@gluon.jit
+def _consumer(call, W: gl.constexpr):
+    """Warpgroup W: rows 64·W … 64·W + 63 of every tile."""
+    BLOCK_N: gl.constexpr = call.BLOCK_N
+    THREADS: gl.constexpr = 128 * (call.WARPGROUPS + 1)
+    ROWS: gl.constexpr = 64 * call.WARPGROUPS
+    RATIO: gl.constexpr = BASE_TILE // BLOCK_N
+    dtype: gl.constexpr = call.out_desc.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.DV, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+
+    stage = 0
+    phase = 0
+    count = 0
+    tile, f1, f2, f3, f4, f5 = told_tile(call, 0)
+    while tile >= 0:
+        if call.ORDER == QUEUED:
+            h = tile
+            tile_start = f1
+            if call.MAP:
+                batch = f2
+                first_q = 0
+                n = call.q_len
+                m = call.k_len
+                left = 0
+                right = 0
+            else:
+                batch = 0
+                first_q = f2
+                n = f3
+                m = f4
+                left = call.left + f5
+                right = call.right + f5
+        else:
+            b, h, tile_start = decode_tile(call, tile)
+            batch, first_q, n, _, m, left, right = geometry(call, b)
+        start = tile_start + 64 * W
+        rows = start + gl.arange(0, 64, layout=S_ROWS)
+        first = 0
+        full_from = 0
+        full_to = 0
+        last = 0
+        skipped = 0
+        part = 0
+        bits = 0
+        everything = 0
+        if call.MAP:
+            part = f3
+            parts = f4
+            fulls = f5
+            blocks = gl.maximum(parts + fulls, 1)
+            masked = gl.maximum(parts, 1)
+            bits = gl.load(call.part_id + part, mask=parts > 0, other=-1)
+            everything = gl.where(fulls > 0, -1, 0)
+            key = 0
+        else:
+            first, full_from, full_to, last = visited_blocks(call, tile_start, tile_start + ROWS, left, right, m)
+            blocks = last - first
+            masked = 1
+            if call.RIGHT:
+                # Blocks wholly beyond the diagonal of this warpgroup's rows.
+                _, _, my_full_to, my_last = visited_blocks(call, start, start + 64, left, right, m)
+                skipped = gl.minimum(gl.maximum(last - my_last, 0), gl.minimum(last - full_to, blocks - 1))
+                if not call.ALIGNED:
+                    masked = gl.maximum(gl.minimum(last - skipped - my_full_to, blocks - skipped), 1)
+            if call.LEFT:
+                masked = gl.maximum(last - full_to + full_from - first - skipped, 1)
+            if call.RIGHT:
+                for _ in range(0, skipped):
+                    mbarrier.wait(call.k_full.index(stage), phase)
+                    barrier_arrive(K_FREE + stage, THREADS)
+                    mbarrier.wait(call.v_full.index(stage), phase)
+                    barrier_arrive(V_FREE + stage, THREADS)
+                    stage, phase = next_stage(stage, phase, call.STAGES)
+            key = block_at(call, skipped, first, full_from, full_to, last) * BLOCK_N
+
+        mbarrier.wait(call.q_full.index(W), count & 1)
+        q = call.q_s.index(W).reshape([64, call.D])
+        if call.Q_IN_REGISTERS:
+            q = q.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            mbarrier.arrive(call.q_free.index(W), count=1)
+
+        # The first block has no P·V to go with.
+        mbarrier.wait(call.k_full.index(stage), phase)
+        s = warpgroup_mma_wait(0, deps=[_scores(call, q, stage)])
+        barrier_arrive(K_FREE + stage, THREADS)
+        s = _hide(call, _capped(call, s), rows, key, left, right, m, bits, everything)
+        peak = _row_max(s, BLOCK_N, call.CHAINS) * call.scale_log2
+        base = gl.where(peak == -float("inf"), 0.0, peak)
+        weights = gl.exp2(s * call.scale_log2 - base[:, None])
+        total = _row_sums(weights, BLOCK_N)
+        p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
+        acc = gl.zeros([64, call.DV], gl.float32, O_LAYOUT)
+
+        if call.MAP:
+            # One loop with a branch: in two, LLVM would carry P from one to the other as halves of registers.
+            for i in range(1, blocks):
+                bits = gl.load(call.part_id + part + i // RATIO, mask=i < masked, other=0)
+                key = (i % RATIO) * BLOCK_N
+                p, acc, peak, total, stage, phase = _step(
+                    call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m, bits, i < masked, True
+                )
+        else:
+            if call.LEFT or (call.RIGHT and not call.ALIGNED):
+                for i in range(1, masked):
+                    key = block_at(call, skipped + i, first, full_from, full_to, last) * BLOCK_N
+                    p, acc, peak, total, stage, phase = _step(
+                        call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m, bits, True, True
+                    )
+            for _ in range(skipped + masked, blocks):
+                p, acc, peak, total, stage, phase = _step(
+                    call, q, p, acc, peak, total, stage, phase, rows, 0, left, right, m, bits, False, False
+                )
+
+        if not call.OUT_OVER_Q and not call.Q_IN_REGISTERS:
+            mbarrier.arrive(call.q_free.index(W), count=1)
+        mbarrier.wait(call.v_full.index(stage), phase)
+        acc_issued = warpgroup_mma(p, call.v_s.index(stage).reshape([BLOCK_N, call.DV]), acc, is_async=True)
+        total_row = gl.convert_layout(gl.sum(total, 1), S_ROWS)
+        decay = gl.full([64], 1.0, gl.float32, S_ROWS)
+        if call.SINK:
+            # One more logit whose value row is zero, merged once.
+            logit = gl.load(call.sink_ptr + h).to(gl.float32) * LOG2E
+            new_peak = gl.maximum(peak, logit)
+            base = gl.where(new_peak == -float("inf"), 0.0, new_peak)
+            decay = gl.exp2(peak - base)
+            total_row = total_row * decay + gl.exp2(logit - base)
+            peak = new_peak
+        inverse = gl.where(total_row > 0.0, decay / total_row, 0.0)
+        lse = (peak + gl.log2(total_row)) * LN2
+        lse_at = call.lse_ptr + (batch * call.heads + h).to(gl.int64) * call.q_rows + first_q
+        gl.store(lse_at + rows, lse, mask=rows < n)
+        acc = warpgroup_mma_wait(0, deps=[acc_issued])
+        barrier_arrive(V_FREE + stage, THREADS)
+        stage, phase = next_stage(stage, phase, call.STAGES)
+
+        out = (acc * gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(dtype)
+        out_s = call.out_s.index(W)
+        if not call.OUT_OVER_Q:
+            # The store of the tile before has left the buffer.
+            store_wait(0)
+        out_s.reshape([64, call.DV]).store(out)
+        fence_async_shared()
+        tma_store(call.out_desc, tile_place(batch, h, start, first_q, n, call.PACKED), out_s)
+        if call.OUT_OVER_Q:
+            store_wait(0)
+            mbarrier.arrive(call.q_free.index(W), count=1)
+        count += 1
+        tile, f1, f2, f3, f4, f5 = told_tile(call, count)
+    store_wait(0)
+
+
+@gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
+def attention_forward(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    lse_ptr,
+    sched_ptr,
+    queue_ptr,
+    sink_ptr,
+    offset_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    counts_ptr,
+    run_begin,
+    run_start,
+    run_stop,
+    part_begin,
+    part_col,
+    part_id,
+    bits_ptr,
+    heads: gl.int32,
+    group: gl.int32,
+    q_len: gl.int32,
+    k_len: gl.int32,
+    q_rows: gl.int64,
+    row_tiles: gl.int32,
+    tiles: gl.int32,
+    programs: gl.int32,
+    key_blocks: gl.int32,
+    full_blocks: gl.int32,
+    left: gl.int32,
+    right: gl.int32,
+    map_batch: gl.int32,
+    map_heads: gl.int32,
+    map_tiles: gl.int32,
+    scale_log2: gl.float32,
+    softcap_in: gl.float32,
+    WARPGROUPS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    ORDER: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    ALIGNED: gl.constexpr,
+    OFFSET: gl.constexpr,
+    PACKED: gl.constexpr,
+    MAP: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    SINK: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr,
+    OUT_OVER_Q: gl.constexpr,
+    CHAINS: gl.constexpr,
+):
+    """out [B, H, N, Dv] and lse [B, H, N]; launch.py says what each argument is."""
+    dtype: gl.constexpr = q_desc.dtype
+    D: gl.constexpr = q_desc.block_type.shape[-1]
+    DV: gl.constexpr = v_desc.block_type.shape[-1]
+    q_s = gl.allocate_shared_memory(dtype, [WARPGROUPS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
+    k_s = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)  # noqa: RUF005
+    v_s = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)  # noqa: RUF005
+    if OUT_OVER_Q:
+        out_s = q_s
+    else:
+        out_s = gl.allocate_shared_memory(dtype, [WARPGROUPS] + out_desc.block_type.shape, out_desc.layout)  # noqa: RUF005
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    tile_s = gl.allocate_shared_memory(gl.int32, [12, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    tile_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for s in gl.static_range(2):
+        mbarrier.init(tile_full.index(s), count=1)
+        mbarrier.init(tile_free.index(s), count=WARPGROUPS)
+    for w in gl.static_range(WARPGROUPS):
+        mbarrier.init(q_full.index(w), count=1)
+        mbarrier.init(q_free.index(w), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(v_full.index(s), count=1)
+    fence_async_shared()
+    call = Call(
+        q_desc, k_desc, v_desc, out_desc, lse_ptr, sched_ptr, queue_ptr, sink_ptr, offset_ptr, cu_q_ptr, cu_k_ptr,
+        counts_ptr, run_begin, run_start, run_stop, part_begin, part_col, part_id, bits_ptr, heads, group, q_len,
+        k_len, q_rows, row_tiles, tiles, programs, key_blocks, full_blocks, left, right, map_batch, map_heads,
+        map_tiles, scale_log2, softcap_in, q_s, k_s, v_s, out_s, q_full, q_free, k_full, v_full, tile_s, tile_full,
+        tile_free, LINE, WARPGROUPS, BLOCK_N, D, DV, STAGES, ORDER, LEFT, RIGHT, ALIGNED, OFFSET, PACKED, MAP,
+        SOFTCAP, SINK, Q_IN_REGISTERS, OUT_OVER_Q, CHAINS,
+    )  # fmt: skip
+    # Partitions are written out because a list of them must be a literal.
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [(_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1)))],
+            [4, 4],
+            [REGISTERS, REGISTERS],
+        )
+    elif WARPGROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_producer, (call,)),
+                (_consumer, (call, gl.constexpr(0))),
+                (_consumer, (call, gl.constexpr(1))),
+                (_consumer, (call, gl.constexpr(2))),
+            ],
+            [4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_producer, (call,)),
+                (_consumer, (call, gl.constexpr(0))),
+                (_consumer, (call, gl.constexpr(1))),
+                (_consumer, (call, gl.constexpr(2))),
+                (_consumer, (call, gl.constexpr(3))),
+            ],
+            [4, 4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
+        )
