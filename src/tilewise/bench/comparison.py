@@ -86,7 +86,7 @@ class Comparison:
     rates: MachineRates
     rows: tuple[Row, ...]
     timings: dict[tuple[str, int], Timing]
-    plans: dict[int, Plan]
+    plans: dict[int, Plan[AttentionSpec]]
     left_out: dict[str, str]
 
     @property
@@ -109,7 +109,7 @@ def compare(settings: Settings, progress: Progress = lambda label, share: None) 
     rates = machine_rates(settings.device, settings.dtype)
     rows: list[Row] = []
     timings: dict[tuple[str, int], Timing] = {}
-    plans: dict[int, Plan] = {}
+    plans: dict[int, Plan[AttentionSpec]] = {}
     left_out: dict[str, str] = {}
     for length in settings.lengths:
         inputs = _inputs(settings, length)
@@ -165,7 +165,9 @@ def _inputs(settings: Settings, length: int) -> Inputs:
     )
 
 
-def _usable(inputs: Inputs, settings: Settings, left_out: dict[str, str]) -> tuple[dict[str, Method], Plan]:
+def _usable(
+    inputs: Inputs, settings: Settings, left_out: dict[str, str]
+) -> tuple[dict[str, Method], Plan[AttentionSpec]]:
     """The methods that can run at this length, and the plan of `auto`; the others go to `left_out` with the reason."""
     length = inputs.q.shape[2]
     auto = explain(*inputs, causal=settings.causal)

@@ -17,6 +17,7 @@ from tilewise.masks import Mask, Random, tile_map
 from tilewise.ops.arguments import Packed, build
 from tilewise.ops.dispatch import Plan
 from tilewise.ops.library import route
+from tilewise.spec import AttentionSpec
 
 Call = Callable[[], Tensor]
 """A forward pass on a workload's tensors: the output, shaped as `dout`, connected to q, k and v."""
@@ -119,7 +120,7 @@ class Workload:
             return lambda: cast("Tensor", tilewise.attention_varlen(self.q, self.k, self.v, *sizes, **options))
         return lambda: cast("Tensor", tilewise.attention(self.q, self.k, self.v, **options))
 
-    def plan(self, backend: str) -> Plan:
+    def plan(self, backend: str) -> Plan[AttentionSpec]:
         """What `ours(backend)` does: the backend that runs, and why."""
         case, options = self.case, self._options(backend)
         if not case.packed:

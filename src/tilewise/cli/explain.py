@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from tilewise.ops.dispatch import Plan
+    from tilewise.spec import AttentionSpec
 
 
 class _Window(click.ParamType):
@@ -92,7 +93,7 @@ def _plan(
     sink: bool,
     grad: bool,
     **options: Any,
-) -> Plan:
+) -> Plan[AttentionSpec]:
     """`tilewise.explain` on tensors of these shapes that take no memory: one element, expanded."""
     import torch
 
@@ -116,7 +117,7 @@ def _plan(
     )
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: Plan[AttentionSpec]) -> None:
     from rich.table import Table
     from rich.text import Text
 

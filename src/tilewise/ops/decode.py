@@ -151,7 +151,7 @@ def describe(
 
 
 @lru_cache(maxsize=4096)
-def route(signature: tuple[Any, ...], backend: str) -> tuple[Plan, DecodeBackend]:
+def route(signature: tuple[Any, ...], backend: str) -> tuple[Plan[DecodeSpec], DecodeBackend]:
     """The plan and the implementation for a call; one look-up on the hot path."""
     plan = choose(describe(*signature), backend, "decode")
     return plan, REGISTRY["decode", plan.backend]
@@ -256,7 +256,7 @@ def attention_decode(
     return (out, lse) if return_lse else out
 
 
-def explain_decode(q: Tensor, kv: KVView | Viewed, **options: Unpack[DecodeOptions]) -> Plan:
+def explain_decode(q: Tensor, kv: KVView | Viewed, **options: Unpack[DecodeOptions]) -> Plan[DecodeSpec]:
     """What `attention_decode` would do with these arguments, without doing it: see `explain`."""
     given: dict[str, Any] = {"layout": "bhsd", **options}
     arguments = _arguments(q, kv, **given)

@@ -16,7 +16,7 @@ from tilewise.ops.arguments import Arguments, DenseOptions, Options, autocast, b
 from tilewise.ops.biases import Relative
 from tilewise.ops.dispatch import Plan
 from tilewise.ops.library import attend, attend_plainly, route
-from tilewise.spec import Window
+from tilewise.spec import AttentionSpec, Window
 
 
 @overload
@@ -142,7 +142,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-Call = tuple[tuple[object, ...], Plan, Backend]
+Call = tuple[tuple[object, ...], Plan[AttentionSpec], Backend]
 """What a call became: the op's arguments after q, k and v, and its plan."""
 
 _calls: dict[tuple[object, ...], Call] = {}
@@ -185,7 +185,7 @@ def explain(
     layout: str = "bhsd",
     return_lse: bool = False,
     **options: Unpack[Options],
-) -> Plan:
+) -> Plan[AttentionSpec]:
     """What `attention` would do with these arguments, without doing it: the backend, its configuration and the reason,
     and for each other backend one sentence on why not.
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tilewise.backends.base import BACKEND_NAMES
 from tilewise.backends.registry import REGISTRY
 from tilewise.errors import UnsupportedError, bad_value
-from tilewise.spec import AttentionSpec, DecodeSpec
+from tilewise.spec import AttentionSpec, DecodeSpec, LinearSpec
 
-Spec = AttentionSpec | DecodeSpec
+Spec = TypeVar("Spec", AttentionSpec, DecodeSpec, LinearSpec)
+"""The problems that one dispatcher chooses for, one kind of spec an op."""
 
 _log = logging.getLogger("tilewise")
 
@@ -28,7 +29,7 @@ SPEED_ORDER = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Generic[Spec]):
     """What will run and why: printed by `explain`, followed by the op."""
 
     op: str
@@ -67,7 +68,7 @@ def speed_order(device: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def choose(spec: Spec, backend: str = "auto", op: str = "attention") -> Plan:
+def choose(spec: Spec, backend: str = "auto", op: str = "attention") -> Plan[Spec]:
     """The plan for `spec`.
 
     Raises ValueError for an unknown backend name, and UnsupportedError when the named backend cannot serve the spec:

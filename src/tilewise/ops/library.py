@@ -22,6 +22,7 @@ from tilewise.backends.base import Backend, Needs, Operands, empty_ordered, empt
 from tilewise.backends.registry import REGISTRY
 from tilewise.ops.arguments import Arguments, describe
 from tilewise.ops.dispatch import Plan, choose
+from tilewise.spec import AttentionSpec
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? relative, Tensor? alibi, Tensor? sink, Tensor? q_offset, "
@@ -42,9 +43,9 @@ _DIFFERENTIABLE = (0, 1, 2, 3, 4, 6)
 
 
 @lru_cache(maxsize=4096)
-def route(signature: tuple[Any, ...], backend: str) -> tuple[Plan, Backend]:
+def route(signature: tuple[Any, ...], backend: str) -> tuple[Plan[AttentionSpec], Backend]:
     """The plan and the implementation for a call; one look-up on the hot path."""
-    plan = choose(describe(*signature), backend)
+    plan: Plan[AttentionSpec] = choose(describe(*signature), backend)
     return plan, REGISTRY["attention", plan.backend]
 
 
@@ -134,7 +135,9 @@ def attend(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return _attend(args, _forward)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], plan: Plan, backend: Backend) -> Any:
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], plan: Plan[AttentionSpec], backend: Backend
+) -> Any:
     """`attend` for (q, k, v, *options), whose only tensors are q, k and v and whose plan is known."""
     if _watched((q, k, v)):
         return attention_op(q, k, v, *options)

@@ -17,6 +17,7 @@ from tilewise.ops.linear_library import LinearArguments, linear_op, linear_route
 from tilewise.reference.features import FIXED, TAYLOR_LIMIT, stabilised_keys, stabilised_queries
 from tilewise.reference.linear import LinearState, own_token
 from tilewise.reference.softmax import accumulator_dtype
+from tilewise.spec import LinearSpec
 
 FeatureMap = str | Callable[[Tensor], Tensor] | None
 FUSED = ("identity", "elu", "relu")
@@ -129,7 +130,7 @@ def linear_attention(
     return out, LinearState(s, z if call.arguments.normalize else None, call.shift)
 
 
-def explain_linear(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **options: Any) -> Plan:
+def explain_linear(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **options: Any) -> Plan[LinearSpec]:
     """What `linear_attention` would do with these arguments: the backend, its configuration and the reasons.
 
     Args and errors as for `linear_attention`.

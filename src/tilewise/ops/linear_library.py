@@ -76,7 +76,7 @@ class LinearArguments(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def linear_route(signature: tuple[Any, ...], backend: str) -> tuple[Plan, LinearSpec, LinearBackend]:
+def linear_route(signature: tuple[Any, ...], backend: str) -> tuple[Plan[LinearSpec], LinearSpec, LinearBackend]:
     """The plan, its spec and the implementation for a call."""
     shape, k_len, v_head_dim, dtype, device, decay_dim, state, sequences = signature[:8]
     causal, feature_map, exclusive, normalize, scale = signature[8:]

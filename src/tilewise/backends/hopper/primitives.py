@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -51,7 +50,6 @@ __all__ = [
     "tma_reduce_add",
     "tma_store",
     "warpgroup_mma",
-    "warpgroup_mma_init",
     "warpgroup_mma_wait",
 ]
 
@@ -128,7 +126,7 @@ _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32:
 
 
 @cache
-def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
     """How a tile lies in shared memory for the copy engine and the tensor cores: swizzled."""
     return gl.NVMMASharedLayout.get_default_for(list(box), _TYPES[dtype])
 
