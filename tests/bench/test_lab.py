@@ -68,7 +68,7 @@ def test_a_lesson_has_its_parts(lesson: Lesson) -> None:
     assert "from tilewise" in code or "import tilewise" in code
 
 
-@pytest.mark.parametrize("lesson", [x for x in LESSONS if x.number in "00 01 04 05 06 07"], ids=lambda x: x.path.stem)
+@pytest.mark.parametrize("lesson", [x for x in LESSONS if x.number < "08"], ids=lambda x: x.path.stem)
 def test_a_lesson_runs_and_its_claims_hold(lesson: Lesson) -> None:
     done = run_lesson(lesson)
     assert done.error == ""
