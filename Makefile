@@ -43,7 +43,7 @@ train-demo: $(STAMP)
 
 test: lint
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto tests/backends/triton \
-		tests/backends/hopper/test_hopper_backward_rows.py
+		tests/backends/hopper/test_hopper_backward_rows.py tests/bench/test_tuning.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto
 
 lint: $(STAMP)

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
 import torch
 
@@ -30,12 +31,21 @@ def compile_ahead(
 
     Whatever refuses there refuses in the benchmark too, which reports it; here it is passed over.
     """
-    tasks = [(case, name, False) for case in cases for name in backends]
-    tasks += [(case, name, True) for case in cases for name in peers if name in COMPILED_PEERS]
+    tasks = [(case, device, name, False, backward) for case in cases for name in backends]
+    tasks += [(case, device, name, True, backward) for case in cases for name in peers if name in COMPILED_PEERS]
+    in_processes(_once, tasks, after_each)
+
+
+def in_processes(
+    call: Callable[..., object],
+    tasks: Sequence[tuple[Any, ...]],
+    after_each: Callable[[int, int], object] = lambda done, planned: None,
+) -> list[BaseException | None]:
+    """Runs `call` on every task, each in whichever process is free, and returns what each of them raised."""
     workers = max(1, min(len(tasks), (os.cpu_count() or 2) * 3 // 4))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin) as pool:
-        started = [pool.submit(_once, case, device, name, peer, backward) for case, name, peer in tasks]
+        started = [pool.submit(call, *task) for task in tasks]
         try:
             for done, future in enumerate(as_completed(started), start=1):
                 future.exception()
@@ -43,6 +53,7 @@ def compile_ahead(
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return [future.exception() for future in started]
 
 
 def _begin() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import tilewise
 from tilewise.bench.suites import BLOCK, Case
 from tilewise.masks import Mask, Random, tile_map
-from tilewise.ops.arguments import Packed, build
+from tilewise.ops.arguments import Arguments, Packed, build
 from tilewise.ops.dispatch import Plan
 from tilewise.ops.library import route
 from tilewise.spec import AttentionSpec
@@ -120,15 +120,18 @@ class Workload:
             return lambda: cast("Tensor", tilewise.attention_varlen(self.q, self.k, self.v, *sizes, **options))
         return lambda: cast("Tensor", tilewise.attention(self.q, self.k, self.v, **options))
 
+    def arguments(self, backend: str) -> Arguments:
+        """What `ours(backend)` hands to the operator."""
+        options = self._options(backend)
+        if not self.case.packed:
+            return build(*self.leaves, **options)
+        longest = max(self.case.packed)
+        packed = Packed(self.cu_seqlens, self.cu_seqlens, longest, longest)
+        return build(*(x.transpose(0, 1)[None] for x in self.leaves), packed=packed, **options)
+
     def plan(self, backend: str) -> Plan[AttentionSpec]:
         """What `ours(backend)` does: the backend that runs, and why."""
-        case, options = self.case, self._options(backend)
-        if not case.packed:
-            return tilewise.explain(*self.leaves, **options)
-        longest = max(case.packed)
-        packed = Packed(self.cu_seqlens, self.cu_seqlens, longest, longest)
-        arguments = build(*(x.transpose(0, 1)[None] for x in self.leaves), packed=packed, **options)
-        return route(arguments.signature(), backend)[0]
+        return route(self.arguments(backend).signature(), backend)[0]
 
     def _options(self, backend: str) -> dict[str, Any]:
         case = self.case
