@@ -100,7 +100,7 @@ class Bench:
         """The table's."""
         return self._config
 
-    def call(self, kernel: str, tile: Tile, needs: Needs | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    def call(self, kernel: str, tile: Tile, needs: Needs | None = None) -> Callable[[], tuple[Tensor | None, ...]]:
         """That kernel with `tile` (a backward one with the row statistics before it): out, or dq, dk, dv."""
         tiles = self._config.tiles._replace(**{kernel: tile})
         # What the plan remembers is compiled for its own tiles.
@@ -116,7 +116,7 @@ class Bench:
         """How far the results of `tile` are from the truth; the other kernels run as the table says."""
         with torch.no_grad():
             results = self.call(kernel, tile, Needs())()
-        results = tuple(x[0].transpose(0, 1) if self._packed else x for x in results)
+        results = [x[0].transpose(0, 1) if self._packed else x for x in results if x is not None]
         return judge.out(*results) if kernel == "forward" else judge.gradients(*results)
 
 
