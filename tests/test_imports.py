@@ -58,11 +58,11 @@ def test_import_tilewise_loads_neither_torch_nor_numpy() -> None:
 def test_importing_the_whole_public_face_costs_little_beyond_torch() -> None:
     code = """
 import time, torch
-start = time.perf_counter()
+start = time.process_time()  # not the wall's: other work on the machine is not ours
 import tilewise
 for name in tilewise.__all__:
     getattr(tilewise, name)
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
     seconds = min(float(python(code).stdout) for _ in range(3))
     assert seconds < 0.3
