@@ -58,6 +58,7 @@ format: $(STAMP)
 
 compile-all: $(STAMP)
 	@$(BIN)/python tests/backends/triton/compile_all.py
+	@$(BIN)/python tests/backends/hopper/compile_hopper.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

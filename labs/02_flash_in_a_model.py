@@ -4,6 +4,7 @@
 # After this lesson you know
 # - that a GPT computes the same with standard and with flash attention: loss, gradients, greedy text;
 # - what the exchange saves in a training step, in time and in memory, by length;
+# - what turning the two loops around was worth: FlashAttention-1's order beside FlashAttention-2's;
 # - what the causal rule saves;
 # - what a cache saves when a model writes, token by token;
 # - how to give a Transformers model the same attention with one line.
@@ -12,6 +13,8 @@
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from tilewise.bench.report.charts import Series, log_chart
 from tilewise.bench.timer import interleaved
 from tilewise.models import GPT, GPTConfig, generate
 from tilewise.nn import GroupedQueryAttention
+from tilewise.reference import flash_v1, flash_v2
 
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,26 +39,72 @@ model = GPT(GPTConfig(length=lengths[-1], positions="learned", **sizes)).to(devi
 print(f"{sum(p.numel() for p in model.parameters()):,} weights")
 
 
-def plain(attn: GroupedQueryAttention) -> Callable[..., Tensor]:
-    """Attention as every introduction writes it, on the module's own weights: S and P are tensors, and autograd keeps
-    P."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q, k, v [B, H, N, D] to out, each row seeing what is before it."""
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as every introduction writes it: S and P are tensors, and autograd keeps P."""
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), float("-inf"))
+    return s.softmax(-1) @ v
+
+
+class WithGradient(torch.autograd.Function):
+    """An attention that has a forward pass only, with the gradients of the library's, which begins with one more."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return attend(q.contiguous(), k.contiguous(), v.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = tw.attention(*inputs, causal=True)
+        return *torch.autograd.grad(out, inputs, dout), None
+
+
+def loop_orders() -> dict[str, Attend]:
+    """Version 1 has K and V tiles outside, and takes O through memory at every step; version 2 has Q tiles outside.
+    Kernels on a GPU, loops in Python elsewhere."""
+    if device.type == "cuda":
+        from tilewise.backends.triton.v1_order import v1_order
+
+        return {
+            "v1 order": lambda q, k, v: WithGradient.apply(q, k, v, partial(v1_order, causal=True)),
+            "v2": partial(tw.attention, causal=True, backend="triton"),
+        }
+    loops = {"v1 order": flash_v1, "v2": flash_v2}
+    return {
+        name: lambda q, k, v, run=run: WithGradient.apply(q, k, v, lambda *x: run(*x, causal=True)[0].out)
+        for name, run in loops.items()
+    }
+
+
+ORDERS = {"standard": plain, **loop_orders()}
+KINDS = (*ORDERS, "flash")
+"""The last is what the model has by itself: the best that this machine can run."""
+
+
+def around(attn: GroupedQueryAttention, attend: Attend) -> Callable[..., Tensor]:
+    """The module's own weights around another attention."""
 
     def forward(x: Tensor, **_: object) -> Tensor:
         projections = (attn.q_proj, attn.k_proj, attn.v_proj)
         q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in projections)
-        s = q @ k.mT * attn.head_dim**-0.5
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), float("-inf"))
-        return attn.o_proj((s.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return attn.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
     return forward
 
 
 def use(attention: str) -> None:
-    """Give every layer of the model "standard" or "flash" attention."""
+    """Give every layer of the model one of KINDS."""
     for block in model.blocks:
         block.attn.__dict__.pop("forward", None)
-        if attention == "standard":
-            block.attn.forward = plain(block.attn)
+        if attention in ORDERS:
+            block.attn.forward = around(block.attn, ORDERS[attention])
 
 
 # %% [markdown]
@@ -67,15 +117,17 @@ ids = torch.randint(sizes["vocab_size"], (2, lengths[0]), device=device)
 targets = ids.roll(-1, 1)
 losses: dict[str, Tensor] = {}
 grads: dict[str, tuple[Tensor, ...]] = {}
-for attention in ("standard", "flash"):
+for attention in KINDS:
     use(attention)
     losses[attention] = model(ids, targets)
     grads[attention] = torch.autograd.grad(losses[attention], list(model.parameters()))
-difference = sum((a - b).square().sum() for a, b in zip(grads["flash"], grads["standard"], strict=True)).sqrt().item()
-difference /= sum(g.square().sum() for g in grads["standard"]).sqrt().item()
-print(f"losses {losses['standard'].item():.6f} and {losses['flash'].item():.6f}; gradients {difference:.1e} apart")
-assert abs(losses["standard"].item() - losses["flash"].item()) < 1e-4
-assert difference < 1e-3
+size = sum(g.square().sum() for g in grads["standard"]).sqrt().item()
+for attention in KINDS:
+    pairs = zip(grads[attention], grads["standard"], strict=True)
+    difference = sum((a - b).square().sum() for a, b in pairs).sqrt().item() / size
+    print(f"{attention:8}: loss {losses[attention].item():.6f}, gradients {difference:.1e} from those of standard")
+    assert abs(losses["standard"].item() - losses[attention].item()) < 1e-4
+    assert difference < 1e-3
 prompt = ids[0, :8].tolist()
 use("flash")
 text = list(generate(model, prompt, 16, temperature=0.0))
@@ -135,7 +187,10 @@ show(
 # %% [markdown]
 # ## Time
 #
-# Forward alone, and a whole step of forward and backward.
+# Forward alone, and a whole step of forward and backward, for four attentions. `standard` writes S and P; `v1 order`
+# does not, but takes O through memory once for every K tile, and has one program a head to do it; `v2` turns the loops
+# around; `flash` is the best there is here. (The first two loops are written in Python where there is no GPU, and the
+# backward pass of `v1 order` is the library's, after a forward pass of its own.)
 
 
 # %%
@@ -153,20 +208,36 @@ def forward(x: Tensor, attention: str) -> None:
         model(x, x)
 
 
+def step_memory(x: Tensor, attention: str) -> float:
+    """MiB: the allocator's peak on a GPU; elsewhere what is kept for the backward pass."""
+    if device.type != "cuda":
+        return kept(x.shape[1], attention) / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    step(x, attention)
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 speed = {}
+print(f"{'N':>6} {'attention':10}{'forward':>12}{'backward':>12}{'step':>12}{'tokens/s':>12}{'memory':>14}")
 for n in lengths[-2:]:
     x = torch.randint(sizes["vocab_size"], (1, n), device=device)
-    for what, run in (("forward", forward), ("step", step)):
-        calls = {name: (lambda run=run, x=x, name=name: run(x, name)) for name in ("standard", "flash")}
+    took = {}
+    for run in (forward, step):
+        calls = {name: (lambda run=run, x=x, name=name: run(x, name)) for name in KINDS}
         for call in calls.values():
             call()
-        found = interleaved(calls, device, seconds=pick(0.2, 1.0))
-        speed[what] = found["standard"].least / found["flash"].least
-        print(
-            f"N = {n:6}: {what:7} standard {units.duration(found['standard'].least):>9}, "
-            f"flash {units.duration(found['flash'].least):>9}, {n / found['flash'].least * 1e3:,.0f} tokens/s"
-        )
+        took[run] = interleaved(calls, device, seconds=pick(0.2, 1.0))
+    for name in KINDS:
+        ahead, both = took[forward][name].least, took[step][name].least
+        row = "".join(f"{units.duration(max(ms, 0.0)):>12}" for ms in (ahead, both - ahead, both))
+        print(f"{n:>6} {name:10}{row}{n / both * 1e3:>12,.0f}{step_memory(x, name):>10,.0f} MiB")
+    speed = {
+        "forward": took[forward]["standard"].least / took[forward]["flash"].least,
+        "step": took[step]["standard"].least / took[step]["flash"].least,
+        "loops": took[forward]["v1 order"].least / took[forward]["v2"].least,
+    }
 expect(speed["step"] > 0.9, "a step with flash attention takes no longer at the longest length")
+expect(speed["loops"] > pick(0.5, 1.0), "version 2's order is no slower than version 1's, where both are kernels")
 
 # %% [markdown]
 # ## Causal or not
@@ -255,6 +326,7 @@ measured(
     memory=f"standard keeps {held['standard'][-1][1] / held['flash'][-1][1]:.1f}× of flash at N = {lengths[-1]}",
     step=f"{speed['step']:.2f}× as fast as with standard attention at N = {lengths[-1]}",
     forward=f"{speed['forward']:.2f}×",
+    loop_order=f"version 2's forward pass is {speed['loops']:.2f}× as fast as version 1's",
     causal=f"{causal_gain:.2f}× as fast as full at N = {n}",
     cache=f"{saved:.1f}× faster a token after {context}",
     transformers=same,

@@ -181,6 +181,30 @@ for method in ("identity", "elu", "taylor"):
     assert recall[method][256] < 0.6 * recall["softmax"][256]
 
 # %% [markdown]
+# A sum has another weakness: what is written twice under one key comes out as both. The *delta rule* takes out of the
+# state what the key finds there before it writes, so a new value replaces the old one. Its price is that it also erases
+# a little of what lies under similar keys.
+
+
+# %%
+def rewritten(n: int, rule: str) -> float:
+    """The share of n values, each written over an older one, that come out nearest to themselves."""
+    generator = torch.Generator().manual_seed(1)
+    keys = F.normalize(torch.randn(1, 1, n, 32, generator=generator), dim=-1).repeat(1, 1, 2, 1)
+    values = torch.randn(1, 1, 2 * n, 32, generator=generator)
+    beta = torch.ones(1, 1, 2 * n) if rule == "delta" else None
+    options = {"causal": True, "feature_map": None, "normalize": False, "beta": beta}
+    _, state = linear_attention(keys, keys, values, return_state=True, **options)
+    nearest = torch.cdist((keys[:, :, :n] @ state.s)[0, 0], values[0, 0]).argmin(-1)
+    return (nearest == torch.arange(n, 2 * n)).float().mean().item()
+
+
+replaced = {rule: {n: rewritten(n, rule) for n in (4, 8, 16)} for rule in ("sum", "delta")}
+for rule, found in replaced.items():
+    print(f"{rule:8}" + "".join(f"  n = {n}: {share:4.0%}" for n, share in found.items()))
+assert replaced["delta"][8] > 0.8 > replaced["sum"][8]
+
+# %% [markdown]
 # ## Training both at equal size
 #
 # The same one-layer byte model, the same text and steps, softmax or linear attention. At this size it only shows the

@@ -104,7 +104,7 @@ expect(ways["tiles"].least < ways["dense, then mask"].least, "visiting fewer til
 # ## Are attention matrices sparse?
 #
 # The weight that the largest k keys of a row hold, over the rows of a causal matrix on Q and K made from real text by
-# an untrained block. (Trained models concentrate more; lesson 02 looks at GPT-2.)
+# an untrained block. (Trained models concentrate more.)
 
 # %%
 q, k, v = attention_inputs(default_text(), length=512, heads=4, head_dim=64)

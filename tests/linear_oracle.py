@@ -39,6 +39,7 @@ def linear_attention(
     feature_map: str | None = "elu",
     decay: Tensor | None = None,
     bonus: Tensor | None = None,
+    beta: Tensor | None = None,
     normalize: bool | None = None,
     scale: float = 1.0,
     s: Tensor | None = None,
@@ -48,7 +49,7 @@ def linear_attention(
     q, k, v = features(feature_map, q) * scale, features(feature_map, k), v.double()
     batch, heads, n, size = q.shape
     m = k.shape[2]
-    normalize = decay is None if normalize is None else normalize
+    normalize = decay is None and beta is None if normalize is None else normalize
     s = torch.zeros(batch, heads, size, v.shape[-1], dtype=torch.float64) if s is None else s.double()
     z = torch.zeros(batch, heads, size, dtype=torch.float64) if z is None else z.double()
     factors = torch.ones(batch, heads, m, size, dtype=torch.float64)
@@ -62,7 +63,16 @@ def linear_attention(
         return (out / (den + EPSILON)[..., None] if normalize else out), s, z
     rows = []
     for i in range(n):
-        factor, pair = factors[:, :, i], torch.einsum("bhk,bhd->bhkd", k[:, :, i], v[:, :, i])
+        factor = factors[:, :, i]
+        if beta is not None:  # the matrix that the state is multiplied by, as it stands in the paper
+            strength = beta[:, :, i, None, None].double()
+            key = k[:, :, i]
+            step = torch.eye(size, dtype=torch.float64) - strength * torch.einsum("bhk,bhl->bhkl", key, key)
+            s = factor[..., None] * torch.einsum("bhkl,bhld->bhkd", step, s)
+            s = s + strength * torch.einsum("bhk,bhd->bhkd", key, v[:, :, i])
+            rows.append(torch.einsum("bhk,bhkd->bhd", q[:, :, i], s))
+            continue
+        pair = torch.einsum("bhk,bhd->bhkd", k[:, :, i], v[:, :, i])
         if bonus is not None:
             read = s + bonus.double()[None, :, :, None] * pair
         s, z = factor[..., None] * s + pair, factor * z + k[:, :, i]
@@ -96,7 +106,7 @@ def case(
     channels = (batch, heads, n, dim)
     if gates == "retention":
         given["decay"] = (1 - 2.0 ** (-2 - torch.arange(heads, dtype=torch.float64))).log()
-    elif gates == "scalar":
+    elif gates in ("scalar", "normalized"):
         given["decay"] = torch.nn.functional.logsigmoid(normal(batch, heads, n))
     elif gates in ("gla", "rwkv"):
         given["decay"] = torch.nn.functional.logsigmoid(normal(*channels) + 1)
@@ -106,6 +116,20 @@ def case(
         given["decay"] = -normal(*channels).abs() * 1e-4
     elif gates == "strong":  # one factor a token, from 1 to e^−40
         given["decay"] = -normal(batch, heads, n).abs() * torch.where(normal(batch, heads, n) > 0.5, 1e-3, 20.0)
+    elif gates == "gated-delta":
+        given["decay"] = torch.nn.functional.logsigmoid(normal(batch, heads, n) + 2)
+    elif gates == "retained-delta":
+        given["decay"] = (1 - 2.0 ** (-2 - torch.arange(heads, dtype=torch.float64))).log()
+    elif gates == "extreme-delta":  # from 1 − 10⁻⁴ to e^−40
+        given["decay"] = -normal(batch, heads, n).abs() * torch.where(normal(batch, heads, n) > 1, 20.0, 1e-4)
+    if gates.endswith("delta"):
+        given["k"] = given["k"] / given["k"].norm(dim=-1, keepdim=True)
+        given["beta"] = normal(batch, heads, n).sigmoid()
+    if gates == "extreme-delta":  # nothing, everything replaced, and reflected
+        ends = torch.tensor([0.0, 1e-4, 1.0, 1.9999, 2.0], dtype=torch.float64)
+        given["beta"] = ends[torch.randint(5, (batch, heads, n), generator=g)]
+    if gates == "normalized":
+        given["normalize"] = True
     if gates == "rwkv":
         given["bonus"] = normal(heads, dim)
     if state:
@@ -116,11 +140,12 @@ def case(
 
 KINDS = (
     "elu", "elu+full", "relu", "relu+full", "taylor", "none+retention", "none+scalar", "none+strong", "none+gla",
-    "none+rwkv", "none+near0", "none+near1", "elu+gla", "relu+retention",
+    "none+rwkv", "none+near0", "none+near1", "elu+gla", "elu+normalized", "relu+retention", "none+delta",
+    "none+gated-delta", "none+retained-delta", "none+extreme-delta",
 )  # fmt: skip
-"""Every feature map and decay."""
+"""Every feature map and decay, what FAVOR+ becomes (a normalised decay), and the delta rule."""
 
-TENSORS = ("q", "k", "v", "decay", "bonus", "s", "z")
+TENSORS = ("q", "k", "v", "decay", "bonus", "beta", "s", "z")
 
 
 def leaves_of(given: dict[str, Any]) -> dict[str, Tensor]:
@@ -135,7 +160,7 @@ class Judged:
         self.given = given
         leaves = leaves_of(given)
         self.options = {name: x for name, x in given.items() if name not in leaves}
-        self.normalized = "decay" not in given
+        self.normalized = given.get("normalize", "decay" not in given and "beta" not in given)
         outputs = linear_attention(**leaves, **self.options)
         outputs = outputs if self.normalized else outputs[:2]
         g = torch.Generator().manual_seed(7)

@@ -225,6 +225,8 @@ class LinearSpec:
     """None; one factor a token and head (retention, scalar gates, FAVOR+'s stabiliser); one a key channel (GLA)."""
     exclusive: bool = False
     """Token i reads S_{i−1}, as in RWKV-6."""
+    delta: bool = False
+    """The delta rule: what a token writes takes the place of what its key found."""
     normalize: bool = False
     scale: float = 1.0
     state: bool = False
@@ -239,6 +241,7 @@ class LinearSpec:
             self.feature_map: self.feature_map != "identity",
             f"{self.decay} decay": self.decay != "none",
             "exclusive": self.exclusive,
+            "delta rule": self.delta,
             "normalised": self.normalize,
             "state": self.state,
             "packed": self.packed,

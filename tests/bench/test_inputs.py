@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tilewise.bench import inputs
 from tilewise.bench.inputs import Text, attention_inputs, default_text, read_text, sinusoids
 
 
@@ -94,3 +95,14 @@ def test_a_good_file(tmp_path: Path) -> None:
     path = tmp_path / "näme.txt"
     path.write_text("Grüße", encoding="utf-8")
     assert read_text(path) == ("näme.txt", "Grüße".encode())
+
+
+def test_of_a_long_file_the_beginning_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut within a character, which is no reason to refuse it; a character cut at the end of a file is one."""
+    monkeypatch.setattr(inputs, "MOST_TEXT", 7)
+    long, torn = tmp_path / "long.txt", tmp_path / "torn.txt"
+    long.write_bytes("ääääää".encode())
+    assert read_text(long).data == "ääää".encode()[:7]
+    torn.write_bytes("äää".encode()[:5])
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_text(torn)

@@ -91,12 +91,21 @@ def test_lessons_are_found_beside_the_sources_or_where_they_were_installed(
 ) -> None:
     assert folder().name == "labs"
     monkeypatch.setattr(lab, "__file__", str(tmp_path / "lib" / "tilewise" / "bench" / "lab.py"))
-    monkeypatch.setattr(lab.sysconfig, "get_path", lambda name: str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match="not part of this installation"):
         folder()
-    installed = tmp_path / "data" / "share" / "tilewise" / "labs"
+    beside = tmp_path / "labs"
+    beside.mkdir()
+    assert folder() == beside
+    installed = tmp_path / "lib" / "tilewise" / "labs"
     installed.mkdir(parents=True)
     assert folder() == installed
+
+
+def test_a_lesson_that_lacks_a_library_says_which_extra_has_it(tmp_path: Path) -> None:
+    script = tmp_path / "09_x.py"
+    script.write_text("# %%\nimport no_such_library\n", encoding="utf-8")
+    done = run_lesson(Lesson("09", "x", script))
+    assert done.error == "this lesson needs no_such_library: pip install 'tilewise[labs]'"
 
 
 def test_cells() -> None:
@@ -181,6 +190,9 @@ def test_a_trace_is_what_the_loop_did(n: int, m: int, causal: bool) -> None:
         assert len(trace.frames) == counts.tiles_visited
         assert len(trace.skipped) == counts.tiles_skipped
         assert trace.total.elements == counts.traffic.elements
+        if trace.frames:
+            assert trace.frames[-1].bytes_written == trace.total.bytes_written
+            assert trace.frames[-1].divisions == trace.total.divisions
         places = [(frame.row_tile, frame.col_tile) for frame in trace.frames]
         assert len(set(places) | set(trace.skipped)) == -(-n // 4) * -(-m // 4)
         for frame in trace.frames:

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from tilewise.bench.memory import MemoryCase, cpu_peaks, cuda_peak, measurable
+from tilewise.bench import memory
+from tilewise.bench.memory import MemoryCase, cpu_peaks, cuda_peak, free_bytes, measurable, shortage
 
 HEADS, HEAD_DIM = 4, 32
 NOISE = 6 * 2**20
@@ -49,3 +50,14 @@ def test_where_a_peak_can_be_had() -> None:
 def test_cuda_peak_counts_what_is_freed_before_the_end() -> None:
     device = torch.device("cuda")
     assert 2**28 <= cuda_peak(lambda: torch.empty(2**28, dtype=torch.uint8, device=device), device) < 2**28 + 2**22
+
+
+def test_what_does_not_fit_is_said_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    free = free_bytes(cpu)
+    assert free is None or 2**20 < free < 2**50
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**30)
+    assert shortage(2 * 2**30, cpu) is None
+    assert shortage(7 * 2**30, cpu) == "needs about 7 GiB, 3 GiB are free"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert shortage(2**60, cpu) is None

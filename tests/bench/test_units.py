@@ -48,3 +48,8 @@ def test_error_percent_times_length() -> None:
     assert units.percent(0.314) == f"31{units.SPACE}%"
     assert units.times(4.314) == "4.31×"
     assert units.length(4096) == f"N{units.SPACE}={units.SPACE}4,096"
+
+
+def test_rate() -> None:
+    assert units.rate(1.379e11) == "138\N{NO-BREAK SPACE}GFLOP/s"
+    assert units.rate(9.894e14) == "989\N{NO-BREAK SPACE}TFLOP/s"

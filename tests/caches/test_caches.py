@@ -303,6 +303,49 @@ def test_left_padding_stays_with_its_sequence() -> None:
     assert torch.equal(tilewise.attention_decode(q, again), tilewise.attention_decode(q, cache))
 
 
+def test_left_padding_is_copied() -> None:
+    """A cache writes into its own starts: never into those it was given, and where a captured graph reads them."""
+    cache, mine = DenseCache(KV(1, 4), 3, 10), torch.tensor([1, 2, 3], dtype=torch.int32)
+    cache.pad(mine)
+    known = cache.start
+    cache.append(torch.randn(3, 1, 6, 4), torch.randn(3, 1, 6, 4))
+    state = {name: x.clone() for name, x in cache.state_dict().items()}
+    cache.reorder([2, 0, 1])
+    cache.free(0)
+    assert cache.start is known
+    assert mine.tolist() == [1, 2, 3]
+    cache.load_state_dict(state)
+    cache.free(1)
+    assert state["start"].tolist() == [1, 2, 3]
+    assert cache.start is known
+
+
+@pytest.mark.parametrize("layout", MAKERS)
+def test_made_and_padded_in_inference_mode_and_used_outside(layout: str) -> None:
+    with torch.inference_mode():
+        cache = MAKERS[layout](KV(2, 4)).to("cpu")
+        cache.pad([0, 1, 2])
+        cache.append(*[torch.ones(3, 2, 5, 4)] * 2)
+    with torch.no_grad():
+        cache.append(*[torch.ones(3, 2, 2, 4)] * 2)
+        cache.reorder([2, 0, 1])
+        cache.fork(0, 1)
+        cache.free(2)
+        cache.trim(6)
+    assert cache.lengths.tolist() == [6, 6, 0]
+    assert cache.start is not None
+    assert cache.start.tolist() == [2, 2, 0]
+
+
+def test_a_reordered_sequence_is_alive() -> None:
+    cache = _full()
+    cache.free(1)
+    cache.reorder([0, 0])
+    cache.fork(1, 0)
+    cache.reorder([1, 0])
+    assert cache.lengths.tolist() == [6, 6]
+
+
 def _full() -> DenseCache:
     cache = DenseCache(KV(2, 4), 2, 8)
     cache.append(torch.ones(2, 2, 6, 4), torch.ones(2, 2, 6, 4))
@@ -326,6 +369,15 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda c: c.append(*[torch.ones(2, 2, 1, 4)] * 2, counts=[-1, 1]), ValueError, "counts: got"),
     (lambda c: c.append(*[torch.ones(2, 2, 1, 4)] * 2, counts=[1]), ValueError, "counts: got shape"),
     (lambda c: c.append(*[torch.ones(2, 2, 1, 4).requires_grad_()] * 2), ValueError, "no_grad"),
+    (lambda c: c.append(*[torch.ones(2, 2, 1, 4)] * 2, counts=[0.5, 1]), TypeError, r"counts: got \[0.5, 1\]; wants i"),
+    (lambda c: c.trim(1.5), TypeError, "lengths: got 1.5; wants integers"),
+    (lambda c: c.trim(True), TypeError, "lengths: got True; wants integers"),
+    (lambda c: c.fork(0, 1, 1.5), TypeError, "tokens: got 1.5"),
+    (lambda c: c.fork(0.5, 1), TypeError, "source: got 0.5"),
+    (lambda c: c.reorder(torch.tensor([0.0, 1.0])), TypeError, "indices: got"),
+    (lambda c: c.pad([0.5, 1]), TypeError, "start: got"),
+    (lambda c: c.load_state_dict({**c.state_dict(), "scale": torch.ones(2)}), ValueError, "state: got scale; wants"),
+    (lambda c: c.load_state_dict({**c.state_dict(), "start": torch.ones(3)}), ValueError, "state: got start of shape"),
     (lambda c: c.trim(-1), ValueError, "lengths: got -1; wants lengths of at least 0"),
     (lambda c: c.trim([7, 1]), ValueError, "lengths: got 7; wants at most the 6 tokens of sequence 0"),
     (lambda c: c.trim([1, 2, 3]), ValueError, "lengths: got shape"),
@@ -370,6 +422,11 @@ def test_a_full_pool_changes_nothing() -> None:
     [
         (lambda: KV(0, 4), "kv_heads: got 0"),
         (lambda: Latent(4, -1), "rope_dim: got -1"),
+        (lambda: KV(1.0, 4), "kv_heads: got float; wants an int"),  # pyright: ignore[reportArgumentType]
+        (lambda: DenseCache((1, 4), 1, 4), "contents: got tuple.*KV"),  # pyright: ignore[reportArgumentType]
+        (lambda: DenseCache(KV(1, 4), 1, 4, dtype=torch.int8), "dtype: got torch.int8; wants a floating"),
+        (lambda: RollingCache(KV(1, 4), 1, (4, 0)), "window: got tuple"),  # pyright: ignore[reportArgumentType]
+        (lambda: PagedCache(KV(1, 4), 1, 4, 16, 0), "capacity: got 0"),
         (lambda: DenseCache(KV(1, 4), 0, 4), "batch: got 0"),
         (lambda: DenseCache(KV(1, 4), 1, 0), "capacity: got 0"),
         (lambda: PagedCache(KV(1, 4), 1, 4, 0), "page_size: got 0"),
@@ -378,8 +435,21 @@ def test_a_full_pool_changes_nothing() -> None:
     ],
 )
 def test_bad_makes(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+@pytest.mark.parametrize("page", [-2, 5])
+def test_a_state_with_pages_outside_the_pool_is_refused(page: int) -> None:
+    cache = PagedCache(KV(1, 4), 2, 5, 4)
+    cache.append(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
+    state = {name: x.clone() for name, x in cache.state_dict().items()}
+    state["page_table"][1, 1] = page
+    state["lengths"][1] = 8
+    with pytest.raises(ValueError, match=r"state: got a page_table with pages outside the pool; wants .* 0 to 4"):
+        cache.load_state_dict(state)
+    assert cache.lengths.tolist() == [3, 3]
+    assert_no_leak(cache)
 
 
 def test_appending_inside_a_compiled_function() -> None:

@@ -77,3 +77,20 @@ def test_bad_input() -> None:
         cache.reorder([0])
     with pytest.raises(ValueError, match="0 to 2"):
         cache.free(3)
+    with pytest.raises(ValueError, match="got -1; wants 0 to 2"):
+        cache.reorder([0, 1, -1])
+    with pytest.raises(TypeError, match="indices"):
+        cache.reorder(torch.tensor([0.2, 1.7, 2.0]))
+    with pytest.raises(TypeError, match="rows"):
+        cache.free(True)
+    with pytest.raises(ValueError, match="one for each of 3"):
+        cache.trim([4, 0])
+    with pytest.raises(ValueError, match="at least 0"):
+        cache.trim(-1)
+    with pytest.raises(ValueError, match="0 to 4, the tokens of sequence 0"):
+        cache.fork(0, 1, tokens=5)
+    with pytest.raises(ValueError, match="tokens: got -1"):
+        cache.update(cache.state, -1, cache.tail)
+    with pytest.raises(ValueError, match="tail"):
+        RecurrentCache(2, 3, 5, batch=1, tail=-1)
+    assert cache.lengths.tolist() == [4, 4, 4]

@@ -139,3 +139,19 @@ def test_references_that_loop_in_python_stop_at_a_length(capsys: pytest.CaptureF
     assert not {"flash-v1", "flash-v2"} & methods
     assert "up to N = 1,024" in compared.left_out["flash-v1"]
     assert compared.plans[1025].backend == next(row.backend for row in compared.rows if row.method == "auto")
+
+
+def test_what_does_not_fit_is_left_out_or_refused(
+    capsys: pytest.CaptureFixture[str], report: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilewise.bench import memory
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * 8 * 113 * 113 + 1)
+    code, said = compare_json(capsys, report, "--lengths", "113", "--heads", "8")
+    methods = {row["method"] for row in said["rows"]}
+    assert code == OK
+    assert "tiled" in methods
+    assert not {"standard", "six-steps"} & methods
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * 8 * 113 * 113 - 1)
+    assert run(["compare", *SMALL, "--report", str(report)]) == BAD_USAGE
+    assert "GiB are free" in capsys.readouterr().err

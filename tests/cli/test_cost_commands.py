@@ -143,7 +143,16 @@ def test_cost_writes_a_page(arguments: list[str], tmp_path: Path, capsys: pytest
     [
         (["cost", "--heads", "3", "--kv-heads", "2"], "3 heads are no multiple of 2"),
         (["cost", "--device", "H900"], "H900"),
-        (["cost", "--report", "/no/such/folder/x.html"], "No such file"),
+        (["cost", "--report", "/no/such/folder/x.html"], "does not exist"),
+        (["cost", "--chunked-loss", "5"], "--chunked-loss says nothing without --model"),
+        (["cost", "--model", "gpt2", "--seq", "64"], "--seq says nothing with --model"),
+        (["cost", "--tables", "--model", "gpt2"], "--model says nothing with --tables"),
+        (["cost", "--device", "T4", "--causal"], "--causal says nothing"),
+        (["cost", "--device", "V100", "--dtype", "bfloat16"], "no matrix units for bfloat16"),
+        (["cost", "--seq", "99999999999"], "is not in the range"),
+        (["predict", "--kv-heads", "3"], "8 heads are no multiple of 3"),
+        (["predict", "--calibrate", "--calibration", "/no/such/folder/x.json"], "does not exist"),
+        (["profile", "--seq", "2000000", "--backend", "standard"], "GiB are free"),
         (["roofline", "--device", "T4", "--dtype", "bfloat16"], "wants one of float16"),
         (["roofline", "--device", "T4", "--measure"], "measures this machine, not T4"),
         (["advise", "--heads", "3", "--kv-heads", "2"], "no multiple"),
@@ -155,7 +164,8 @@ def test_cost_writes_a_page(arguments: list[str], tmp_path: Path, capsys: pytest
     ],
 )
 def test_bad_usage(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], machine: str) -> None:
-    calibrated = ["--calibration", machine] if arguments[0] in ("roofline", "predict", "advise", "profile") else []
+    takes_one = arguments[0] in ("roofline", "predict", "advise", "profile") and "--calibration" not in arguments
+    calibrated = ["--calibration", machine] if takes_one else []
     assert run([*arguments, *calibrated]) == BAD_USAGE
     captured = capsys.readouterr()
     assert says in captured.err
@@ -191,6 +201,38 @@ def test_roofline_without_a_measurement(capsys: pytest.CaptureFixture[str], tmp_
     assert "add --measure" in capsys.readouterr().err
     a100 = said(capsys, "roofline", "--device", "A100 80GB", "--dtype", "float16", "--calibration", nowhere)
     assert round(a100["balance"]) == 153
+
+
+@pytest.mark.parametrize("verb", ["roofline", "advise", "cost"])
+def test_a_device_brings_its_own_dtype(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A T4 has no bfloat16, which the others default to."""
+    assert run([verb, "--device", "T4"]) == OK
+    assert verb == "advise" or "float16" in capsys.readouterr().out
+
+
+def test_a_file_without_a_calibration_is_told_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "machine.json"
+    file.write_text("{", encoding="utf-8")
+    assert run(["roofline", "--calibration", str(file)]) == OK
+    captured = capsys.readouterr()
+    assert "holds no calibration" in captured.err
+    assert "H200" in captured.out
+
+
+def test_a_calibration_that_cannot_be_kept_is_used_all_the_same(
+    capsys: pytest.CaptureFixture[str], machine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tilewise.bench import calibrate as module
+    from tilewise.cli import calibrated
+
+    found = calibrations.load(Path(machine))
+    monkeypatch.setattr(module, "calibrate", lambda *_, **__: found)
+    monkeypatch.setattr(calibrated, "default_path", lambda: tmp_path / "file" / "machine.json")
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    assert run(["predict", "--seq", "64"]) == OK
+    captured = capsys.readouterr()
+    assert "not kept for the next time" in captured.err
+    assert "tiled" in captured.out
 
 
 def test_other_versions_are_warned_of(capsys: pytest.CaptureFixture[str], machine: str) -> None:
@@ -271,7 +313,9 @@ def test_profile(backend: str, capsys: pytest.CaptureFixture[str], machine: str,
     assert "perf stat" in value["hardware_command"] or "ncu" in value["hardware_command"]
     assert "tilewise profile" in value["hardware_command"]
     assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    assert "of the roof" in page.read_text(encoding="utf-8")
+    shown = page.read_text(encoding="utf-8")
+    assert "of the roof" in shown
+    assert "nothing was run" not in shown
 
 
 def test_profile_of_the_backward(capsys: pytest.CaptureFixture[str], machine: str) -> None:
@@ -284,7 +328,7 @@ def test_profile_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str], m
     assert run(["profile", "--window", "3", "--calibration", machine]) == BAD_USAGE
     assert "--window" in capsys.readouterr().err
     assert run(["profile", "--seq", "64", "--trace", "/no/such/folder/t.json", "--calibration", machine]) == BAD_USAGE
-    assert "No such file" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 # lab
@@ -294,6 +338,7 @@ def test_lab_lists_its_lessons(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["lab"]) == OK
     assert "Softmax and the online trick" in capsys.readouterr().out
     listed = said(capsys, "lab", "list")
+    assert said(capsys, "lab") == listed
     assert listed[0] == {"number": "00", "title": "Softmax and the online trick", "file": "00_softmax.py"}
 
 

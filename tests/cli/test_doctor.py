@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tilewise.backends.base import BACKEND_NAMES
-from tilewise.cli import FAILED, OK, run
+from tilewise.cli import FAILED, OK, doctor, run
 from tilewise.cli.doctor import ABSENT, BROKEN, GOOD
 
 
@@ -88,3 +90,34 @@ def test_the_text_form_names_reason_and_fix(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     assert "backend hopper" in shown
     assert "fix: " in shown
+
+
+BROKEN_LIBRARIES = [
+    ("numpy", "ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')", "NumPy", "pip install numpy"),
+    ("torch", "OSError('libgomp.so.1: cannot open\\nmore')", "PyTorch", "reinstall it, or report this line"),
+    ("triton", "RuntimeError('undefined symbol')", "Triton", "reinstall it, or report this line"),
+]
+
+
+@pytest.mark.parametrize(("name", "problem", "subject", "fix"), BROKEN_LIBRARIES, ids=lambda value: str(value)[:6])
+def test_a_library_that_breaks_when_imported_is_named(
+    name: str, problem: str, subject: str, fix: str, tmp_path: Path
+) -> None:
+    """Installed, so that its version can be read, and yet not to be imported; what needs it is not blamed first."""
+    (tmp_path / f"{name}.py").write_text(f"raise {problem}", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    code = "import sys; from tilewise.cli import run; sys.exit(run(['doctor', '--json']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == FAILED
+    broken = [finding for finding in json.loads(done.stdout)["findings"] if finding["status"] == BROKEN]
+    assert (broken[0]["subject"], broken[0]["fix"]) == (subject, fix)
+    assert "\n" not in broken[0]["detail"]
+    if name == "torch":
+        assert [finding["subject"] for finding in broken] == ["PyTorch", "backends"]
+
+
+def test_an_extra_that_is_installed_and_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    found = doctor._probe("extra cli", lambda: doctor._extra("cli", ["rich"]))
+    assert found.status == BROKEN

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
@@ -106,3 +108,53 @@ def test_the_installed_command_is_this_one() -> None:
     if not found:
         pytest.skip("tilewise is not installed here, only on the path")
     assert next(iter(found)).value == "tilewise.cli:run"
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "says"),
+    [
+        (MemoryError("Unable to allocate 9 GiB"), BAD_USAGE, "too large for this machine: Unable to allocate 9 GiB"),
+        (RuntimeError("[x] DefaultCPUAllocator: can't allocate memory\nmore"), BAD_USAGE, "can't allocate memory"),
+        (RuntimeError("numel: integer multiplication overflow"), BAD_USAGE, "overflow"),
+        (OSError(28, "No space left on device"), FAILED, "No space left on device"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line(
+    problem: Exception, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> int:
+        raise problem
+
+    monkeypatch.setattr(main_module.cli, "main", fails)
+    assert run(["compare"]) == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> int:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(main_module.cli, "main", fails)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run(["compare"])
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-", "2>&- >/dev/null"])
+def test_streams_that_take_nothing(redirect: str) -> None:
+    line = f'"{sys.executable}" -c "{COMMAND}" mask --n 64 {redirect}'
+    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == (FAILED if "full" in redirect else OK)
+    assert "Traceback" not in done.stderr
+    assert ("No space left" in done.stderr) == ("full" in redirect)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_streams_of_few_characters(encoding: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    for more in ([], ["--json"]):
+        command = [sys.executable, "-c", COMMAND, "roofline", "--device", "T4", *more]
+        done = subprocess.run(command, capture_output=True, check=False, env=environment)
+        assert done.returncode == OK, done.stderr
+    assert json.loads(done.stdout.decode(encoding))["steps"]["standard: QKᵀ"]

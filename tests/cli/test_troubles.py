@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tilewise.cli import FAILED, OK, troubles
 from tilewise.cli.findings import ABSENT, BROKEN, GOOD, Finding
+from tilewise.cost.calibration import Calibration, versions
+from tilewise.cost.hardware import measured
 
 
 @pytest.mark.parametrize(
@@ -128,3 +132,19 @@ def test_doctor_survives_whatever_is_broken(breakage: str) -> None:
     said = json.loads(done.stdout)
     assert done.returncode == (OK if said["ok"] else FAILED)
     assert len(said["findings"]) > 8
+
+
+def test_the_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = measured("a box", arch="cpu", matmul={"float32": 1e11}, bandwidth=1e10, memory=2**34, how="by hand")
+    fresh = Calibration(device, versions(), "2026-01-31", 30.0)
+    file = tmp_path / "machine.json"
+    none = troubles.calibration(None, file, None)
+    assert (none.status, none.fix) == (ABSENT, "tilewise roofline --measure")
+    assert "could not be kept: the reason" in troubles.calibration(None, file, "the reason").detail
+    found = troubles.calibration(fresh, file, None)
+    assert (found.status, found.detail) == (GOOD, "measured 2026-01-31: float32")
+    old = troubles.calibration(replace(fresh, versions={"torch": "1.0"}), file, None)
+    assert old.status == ABSENT
+    assert "torch was 1.0" in old.detail
+    file.write_text("{", encoding="utf-8")
+    assert "holds no calibration" in troubles.calibration(None, file, None).detail

@@ -47,6 +47,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             **GROUPED, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, sliding_window=5
         )
     ),
+    "bert": lambda: transformers.BertLMHeadModel(
+        transformers.BertConfig(**SIZES, is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ),
     "gpt_oss": lambda: transformers.GptOssForCausalLM(
         transformers.GptOssConfig(**GROUPED, head_dim=8, sliding_window=6, num_local_experts=2, num_experts_per_tok=1)
     ),
@@ -139,6 +142,57 @@ def test_greedy_generation(name: str, padding: str, cache: str) -> None:
     assert expected.shape[1] == 31
 
 
+def trained(model: Any, folder: Any, *, recompute: bool) -> None:
+    """Two steps of Transformers' own Trainer, of two passes each; plain gradient descent, since Adam's first steps are
+    the signs of gradients, however small."""
+    batch = prompts("left")
+    rows = [{name: x[i] for name, x in batch.items()} for i in range(4)]
+    for row in rows:
+        row["labels"] = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, optim="sgd",
+        learning_rate=0.5, lr_scheduler_type="constant", use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, logging_strategy="no", gradient_checkpointing=recompute,
+    )  # fmt: skip
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("name", "recompute"), [("llama", False), ("gpt2", True), ("gemma2", False)])
+def test_the_trainer(name: str, recompute: bool, tmp_path: Any) -> None:
+    pytest.importorskip("accelerate")
+    eager, ours = pair(name)
+    begun, exact = copy.deepcopy(eager).state_dict(), copy.deepcopy(eager).double()
+    exact.set_attn_implementation("oracle")
+    for model in (eager, ours, exact):
+        trained(model, tmp_path, recompute=recompute)
+    moved = 0
+    for (part, weight), base, true in zip(ours.named_parameters(), eager.parameters(), exact.parameters(), strict=True):
+        assert difference(weight, base, true) <= 3.0, part
+        moved += not torch.equal(weight, begun[part])
+    assert moved > 10
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_sliding_caches(cache: str) -> None:
+    """Layers that hold their window only: the first key is not at position 0, and the mask has to know."""
+    eager, ours = pair("mistral")
+    made = [
+        transformers.DynamicCache(config=eager.config)
+        if cache == "dynamic"
+        else transformers.StaticCache(config=eager.config, max_cache_len=31)
+        for _ in range(2)
+    ]
+    assert all(each.is_sliding == [True, True] for each in made)
+    options = {"max_new_tokens": 12, "do_sample": False, "disable_compile": True}
+    expected, out = (
+        model.eval().generate(**prompts("left"), **options, past_key_values=each)
+        for model, each in zip((eager, ours), made, strict=True)
+    )
+    assert torch.equal(out, expected)
+    assert made[1].layers[0].keys.shape[2] <= 7
+
+
 def test_generation_in_steps_of_several_tokens() -> None:
     """A dynamic cache and more than one new token: the mask is bottom-right."""
     eager, ours = pair("mistral")
@@ -166,15 +220,17 @@ def test_packed_by_position_ids(name: str) -> None:
 def test_an_encoder(padding: str) -> None:
     torch.manual_seed(5)
     config = transformers.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    eager = transformers.BertModel(config).double()
+    eager = transformers.BertModel(config, add_pooling_layer=False).double()
     ours = copy.deepcopy(eager)
     eager.set_attn_implementation("eager")
     ours.set_attn_implementation("tilewise")
     batch = prompts(padding)
     keep = batch["attention_mask"].bool()
-    expected = eager(**batch).last_hidden_state[keep]
-    out = ours(**batch).last_hidden_state[keep]
+    expected, out = (model(**batch).last_hidden_state[keep] for model in (eager, ours))
     torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    wanted, grads = (torch.autograd.grad(x, list(m.parameters()), dout) for x, m in ((expected, eager), (out, ours)))
+    torch.testing.assert_close(grads, wanted)
 
 
 def test_t5_with_its_bias() -> None:
@@ -246,13 +302,65 @@ def test_unregistering() -> None:
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, attn_implementation="tilewise"))
 
 
-def test_compiled() -> None:
-    _, ours = pair("llama")
+def seen_by(made: Any, n: int, m: int) -> Tensor:
+    """[2, 1, N, M]: which keys a mask lets be seen, from what attention gives: one-hot values tell the keys apart."""
+    q, k, v = torch.zeros(2, 1, n, 4), torch.zeros(2, 1, m, 4), torch.eye(m).expand(2, 1, m, m)
+    return integration.attend(nn.Module(), q, k, v, made)[0].transpose(1, 2) > 0
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_rule_of_theirs_is_read_right(padded: bool, offset: int) -> None:
+    """Against the booleans that Transformers makes of the same rule; rules that are unknown here become those."""
+    theirs = transformers.masking_utils
+    n, m = 9, 9 + offset
+    packed = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [1] * 2])
+    causal = theirs.causal_mask_function
+    rules = {
+        "causal": causal,
+        "both ways": theirs.bidirectional_mask_function,
+        "sliding": theirs.sliding_window_causal_mask_function(4),
+        "sliding both ways": theirs.sliding_window_bidirectional_mask_function(2),
+        "chunked": theirs.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64)),
+        "either": theirs.or_masks(causal, lambda b, h, i, j: j < 2),
+        "packed": theirs.and_masks(theirs.packed_sequence_mask_function(packed), causal),
+    }
+    tokens = torch.ones(2, m, dtype=torch.bool)
+    tokens[1, :2] = not padded
+    for name, rule in rules.items():
+        if name == "packed" and offset:
+            continue
+        asked = {
+            "batch_size": 2, "q_length": n, "kv_length": m, "q_offset": offset, "kv_offset": 0, "mask_function": rule,
+            "attention_mask": tokens,
+        }  # fmt: skip
+        made, expected = integration.mask(**asked), exact_mask(**asked)
+        assert isinstance(made, integration.Restriction) == (name not in ("chunked", "either")), name
+        assert torch.equal(seen_by(made, n, m), expected.expand(2, 1, n, m)), name
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_compiled(name: str) -> None:
+    _, ours = pair(name)
     batch = prompts("left")
     expected = ours(**batch, use_cache=False).logits
     out = torch.compile(ours, backend="aot_eager", fullgraph=True)(**batch, use_cache=False).logits
     keep = batch["attention_mask"].bool()
     torch.testing.assert_close(out[keep], expected[keep], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_generation_compiled_with_a_static_cache(name: str) -> None:
+    """As on a GPU, where `generate` compiles by itself: the place of a token in the cache is told by the device."""
+    eager, ours = pair(name)
+    compiling = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = eager.eval().generate(**prompts("left"), **options)
+    torch._dynamo.utils.counters.clear()
+    options |= {"cache_implementation": "static", "compile_config": compiling}
+    assert torch.equal(ours.eval().generate(**prompts("left"), **options), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
 @pytest.mark.gpu
@@ -263,3 +371,13 @@ def test_greedy_generation_on_a_gpu(name: str, padding: str) -> None:
     options = {"max_new_tokens": 12, "do_sample": False}
     expected = eager.eval().generate(**prompts(padding, "cuda"), **options)
     assert torch.equal(ours.eval().generate(**prompts(padding, "cuda"), **options), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_compiled_generation_on_a_gpu(name: str) -> None:
+    eager, ours = pair(name, "cuda")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = eager.eval().generate(**prompts("left", "cuda"), **options)
+    out = ours.eval().generate(**prompts("left", "cuda"), **options, cache_implementation="static")
+    assert torch.equal(out, expected)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mask_oracle
@@ -30,6 +36,7 @@ from tilewise.masks import (
     tile_map,
 )
 from tilewise.masks.sampling import draw_distinct
+from tilewise.masks.tensors import to_block_mask
 
 
 def same_arrays(a: Mask, b: Mask, n: int, m: int, **options: Any) -> None:
@@ -118,6 +125,49 @@ def test_values_do_not_change() -> None:
     assert dense.to_dense(4, 4).all()
 
 
+def used_masks() -> list[Mask]:
+    masks: list[Mask] = [
+        Causal(2), Causal([1, 2]), Causal() & Window(4, 1) | ~Global([1]), PerHead([Causal(), Window(1, 1)]),
+        Documents([0, 0, 1, 1]), Tree([-1, 0, 0, 1]), Dense(np.eye(4) > 0), Dense(torch.eye(4) > 0),
+    ]  # fmt: skip
+    for mask in masks:
+        hash(mask), str(mask)  # which a mask keeps
+    return masks
+
+
+def test_masks_go_to_other_processes() -> None:
+    """Where strings hash to other numbers, and addresses mean other memory."""
+    code = "import pickle, sys, test_algebra as t; sys.stdout.buffer.write(pickle.dumps(t.used_masks()))"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    there = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "77"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    for mask, again in zip(used_masks(), pickle.loads(there.stdout), strict=True):  # noqa: S301 - our own bytes
+        assert str(mask) == str(again)
+        assert (mask.to_dense(4, 4) == again.to_dense(4, 4)).all()
+        dense = isinstance(mask, Dense)
+        assert (mask == again) == (hash(mask) == hash(again)) == (not dense)
+
+
+def through_bytes(mask: Dense) -> Dense:
+    return pickle.loads(pickle.dumps(mask))  # noqa: S301 - our own bytes
+
+
+@pytest.mark.parametrize("content", [np.eye(9) > 0, torch.eye(9) > 0], ids=["numpy", "torch"])
+@pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy, through_bytes])
+def test_a_copy_of_a_dense_mask_looks_at_its_own_memory(remake: Callable[[Dense], Dense], content: Any) -> None:
+    mask = Dense(content)
+    again = remake(mask)
+    assert (again.to_dense(9, 9) == np.eye(9)).all()
+    assert tile_map(again, 9, 9).visible == 9
+    if remake is not copy.copy:
+        assert again != mask
+        assert again.content.identity != mask.content.identity
+
+
 def test_dense_follows_its_tensor() -> None:
     tensor = torch.rand(1, 1, 20, 30) > 0.5
     assert Dense(tensor) == Dense(tensor)
@@ -194,6 +244,10 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Dilated(-4, 1), ValueError, "window: got -4"),
     (lambda: Dilated(1 << 20, 1 << 20), ValueError, "below 2³¹"),
     (lambda: Strided(0), ValueError, "step: got 0"),
+    (lambda: Tree([1, 0]), ValueError, "parents: got parents.0. = 1; wants −1, since the first node is a root"),
+    (lambda: Causal().to_dense(2.0, 3), TypeError, "n: got float; wants an int"),  # pyright: ignore[reportArgumentType]
+    (lambda: Causal().show(3, 0), ValueError, "m: got 0; wants at least 1"),
+    (lambda: to_block_mask(Causal(), 0, 3), ValueError, "n: got 0; wants at least 1"),
     (lambda: Prefix(-1), ValueError, "n: got -1"),
     (lambda: Global([]), ValueError, "tokens: got no tokens"),
     (lambda: Global([3, -1]), ValueError, "tokens: got -1"),
@@ -242,5 +296,10 @@ def test_bad_input_is_named(act: Callable[[], object], error: type[Exception], m
 def test_only_masks_combine() -> None:
     with pytest.raises(TypeError):
         Causal() & 3  # pyright: ignore[reportOperatorIssue]
+    with pytest.raises(TypeError, match=r"mask: got Tensor; wants a mask. Fix: wrap a boolean tensor in `Dense`"):
+        Causal() & torch.ones(2, 2, dtype=torch.bool)  # pyright: ignore[reportOperatorIssue]
+    for act in (lambda: Causal() and Window(1, 1), lambda: not Causal(), lambda: bool(Causal() | Window(1, 1))):
+        with pytest.raises(TypeError, match=r"truth value; wants `&`, `|` and `~`"):
+            act()
     with pytest.raises(TypeError):
         torch.ones(2, 2, dtype=torch.bool) | Causal()  # pyright: ignore[reportOperatorIssue]

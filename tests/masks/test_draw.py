@@ -86,7 +86,7 @@ def test_svg(mask: Mask) -> None:
 
 def run(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(command, arguments)
-    return result.exit_code, result.output
+    return result.exit_code, result.output if result.exit_code else result.stdout
 
 
 def test_command_draws() -> None:

@@ -317,6 +317,9 @@ X = torch.randn(B, N, DIM)
         (lambda: MultiHeadAttention(DIM, 4, softcap=-1.0), "softcap: got -1.0"),
         (lambda: MultiHeadAttention(DIM, 4, window=3), "window: got 3"),
         (lambda: MultiHeadAttention(DIM, 4, head_size=3), "has no argument 'head_size'"),
+        (lambda: MultiHeadAttention(DIM, 4, rotary=6), "rotary: got int; wants a RotaryEmbedding"),
+        (lambda: MultiHeadAttention(DIM, 4, out_bias="no"), "out_bias: got no"),
+        (lambda: MultiHeadAttention(DIM, 4, backend="flash"), "backend: got 'flash'; wants 'auto' or one of"),
         (lambda: RotaryEmbedding(5), "dim: got 5"),
     ],
 )
@@ -339,6 +342,10 @@ def fresh_cache() -> DenseCache:
         (lambda: plain()(X[0]), "q: got shape"),
         (lambda: plain()(X[..., :5]), "q: got shape"),
         (lambda: plain()(X.int()), "q: got dtype torch.int32"),
+        (lambda: plain()(X.half()), r"q: got dtype torch.float16; wants the module's torch.float32. Fix: q = q"),
+        (lambda: plain(dtype=torch.bfloat16)(X.bfloat16(), X), "k: got dtype torch.float32; wants the module's"),
+        (lambda: plain()(X, cache=tw.caches.RecurrentCache(2, 6, 6, B)), "of keys and values.*Fix: DenseCache"),
+        (lambda: plain()(X, mask=torch.ones(B, N, N, dtype=torch.bool)), r"mask for each sequence is mask\[:, None\]"),
         (lambda: plain()(X, X[:1]), "k: got"),
         (lambda: plain()(X, X, X[:, :3]), "v: got"),
         (lambda: plain(k_dim=10)(X, X), "k: got shape"),
@@ -369,6 +376,7 @@ def test_bad_calls(call: Callable[[], object], message: str) -> None:
         ({}, {"mask": torch.ones(3, 9, dtype=torch.bool)}, "mask: got shape"),
         ({"backend": "sdpa", "softcap": 1.0}, {}, "backend='sdpa' cannot run"),
         ({"head_dim": 8}, {}, "k: got"),
+        ({}, {"counts": [3, 1]}, r"counts: got list; wants an int32 tensor \[B\]"),
     ],
 )
 def test_a_refused_step_leaves_the_cache_as_it_was(
@@ -382,6 +390,21 @@ def test_a_refused_step_leaves_the_cache_as_it_was(
             plain(**options)(X[:, :3], cache=cache, **given)
     for name, x in cache.state_dict().items():
         assert torch.equal(x[:, :, :5] if x.dim() == 4 else x, before[name][:, :, :5] if x.dim() == 4 else before[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"backend": "sdpa", "softcap": 1.0}, {}, "backend='sdpa' cannot run"),
+        ({}, {"mask": tw.masks.Documents([0, 0, 1])}, "ids"),
+        ({}, {"mask": "causal"}, "mask: got"),
+    ],
+)
+def test_a_refused_prompt_leaves_the_cache_empty(options: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    cache = fresh_cache()
+    with torch.no_grad(), pytest.raises((ValueError, TypeError, tw.UnsupportedError), match=message):
+        plain(**options)(X[:, :5], cache=cache, **given)
+    assert cache.lengths.tolist() == [0] * B
 
 
 def test_matches_sdpa() -> None:

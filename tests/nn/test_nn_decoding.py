@@ -3,6 +3,7 @@ that generation knows."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,9 +89,13 @@ CASES = list(every_case())
 
 
 def tolerance(module: Any, kind: str, x: Tensor) -> float:
-    """Float32 sums of a few dozen terms; int8 also moves every key and value by up to 1/254 of its row's largest."""
+    """Float32 sums of a few dozen terms, which a GPU's kernels add in other ways: twice what a full forward is off by
+    there. int8 also moves every key and value by up to 1/254 of its row's largest."""
     if kind != "int8":
-        return 4e-6
+        if not x.is_cuda:
+            return 4e-6
+        exact = copy.deepcopy(module).double()(x.double())
+        return 4e-6 + 2 * (module(x) - exact).abs().max().item()
     q, k, v = (p(x).unflatten(-1, (-1, d)) for p, d in (
         (module.q_proj, module.head_dim), (module.k_proj, module.head_dim), (module.v_proj, module.v_head_dim)
     ))  # fmt: skip
@@ -168,12 +173,13 @@ def test_left_padding(name: str, kind: str, device: str) -> None:
     module = make_module(name, False, device)
     x = torch.randn(B, N, DIM, device=device)
     start = [0, 4, 9]
+    allowed = tolerance(module, kind, x)
     cache = make_cache(kind, module, device)
     cache.pad(start)
     outs = torch.cat([module(part, cache=cache) for part in x.split([12, 1, 8], 1)], 1)
     for b, first in enumerate(start):
         alone = module(x[b : b + 1, first:])
-        torch.testing.assert_close(outs[b : b + 1, first:], alone, atol=8e-6, rtol=0)
+        torch.testing.assert_close(outs[b : b + 1, first:], alone, atol=2 * allowed, rtol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -183,15 +189,16 @@ def test_without_the_causal_rule_padding_stays_unseen(name: str, device: str) ->
     module = MODULES[name](causal=False).eval().to(device)
     x = torch.randn(B, N, DIM, device=device)
     counts = [4, 9, 6]
+    allowed = tolerance(module, "dense", x)
     cache = make_cache("dense", module, device)
     first = module(x[:, :9], cache=cache, counts=torch.tensor(counts, dtype=torch.int32))
     rest = torch.stack([x[b, count : count + 5] for b, count in enumerate(counts)])
     second = module(rest, cache=cache)
     for b, count in enumerate(counts):
         alone = module(x[b : b + 1, :count])
-        torch.testing.assert_close(first[b : b + 1, :count], alone, atol=4e-6, rtol=0)
+        torch.testing.assert_close(first[b : b + 1, :count], alone, atol=allowed, rtol=0)
         whole = module(x[b : b + 1, : count + 5])
-        torch.testing.assert_close(second[b : b + 1], whole[:, count:], atol=4e-6, rtol=0)
+        torch.testing.assert_close(second[b : b + 1], whole[:, count:], atol=allowed, rtol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -204,6 +211,7 @@ def test_draft_trees(name: str, device: str) -> None:
     parents = [-1, 0, 0, 1, 2]
     depth = torch.tensor([0, 1, 1, 2, 2], device=device)
     prompt, draft = torch.randn(1, 7, DIM, device=device), torch.randn(1, 5, DIM, device=device)
+    allowed = tolerance(module, "dense", torch.cat([prompt, draft], 1))
     for first in (7, 0):
         cache = make_cache("dense", module, device, batch=1)
         if first:
@@ -212,11 +220,11 @@ def test_draft_trees(name: str, device: str) -> None:
         dense = torch.from_numpy(Tree(parents).to_dense(5, 5)).to(device)
         for path in ([0, 1, 3], [0, 2, 4]):
             alone = module(torch.cat([prompt[:, :first], draft[:, path]], 1))
-            torch.testing.assert_close(out[:, path], alone[:, first:], atol=4e-6, rtol=0)
+            torch.testing.assert_close(out[:, path], alone[:, first:], atol=allowed, rtol=0)
         for mask in (dense, dense[None]):
             cache.trim(first)
             again = module(draft, cache=cache, mask=mask, positions=first + depth)
-            torch.testing.assert_close(again, out, atol=4e-6, rtol=0)
+            torch.testing.assert_close(again, out, atol=allowed, rtol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -225,15 +233,16 @@ def test_a_mask_of_its_own_for_each_sequence(name: str, device: str) -> None:
     """[B, T, T] over the new tokens, on an empty cache and behind others."""
     module = make_module(name, False, device)
     x = torch.randn(B, N, DIM, device=device)
+    allowed = tolerance(module, "dense", x)
     new = (torch.rand(B, 9, 9, device=device) < 0.6) | torch.eye(9, dtype=torch.bool, device=device)
     cache = make_cache("dense", module, device)
     torch.testing.assert_close(
-        module(x[:, :9], cache=cache, mask=new), module(x[:, :9], mask=new[:, None]), atol=4e-6, rtol=0
+        module(x[:, :9], cache=cache, mask=new), module(x[:, :9], mask=new[:, None]), atol=allowed, rtol=0
     )
     seen = torch.ones(B, 1, 18, 18, dtype=torch.bool, device=device)
     seen[:, 0, :9, :9] = seen[:, 0, 9:, 9:] = new
     whole = module(x[:, :18], mask=seen)
-    torch.testing.assert_close(module(x[:, 9:18], cache=cache, mask=new), whole[:, 9:], atol=4e-6, rtol=0)
+    torch.testing.assert_close(module(x[:, 9:18], cache=cache, mask=new), whole[:, 9:], atol=allowed, rtol=0)
 
 
 def test_a_full_cache_refuses_and_stays() -> None:
@@ -300,6 +309,8 @@ def test_a_captured_step_replays_while_the_cache_grows(latent: bool, kind: str) 
     eager, captured = caches(), caches()
     model(x[:, :prompt], eager)
     model(x[:, :prompt], captured)
+    for cache in captured:
+        cache.expect_graphs()  # or the capture would take another plan than the warm-up, and compile it
     token = x[:, prompt : prompt + 1].clone()
     model(token, captured)
     for cache in captured:

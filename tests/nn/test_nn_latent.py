@@ -140,6 +140,9 @@ def test_dropout_and_autocast() -> None:
         ({"rotary": RotaryEmbedding(6)}, "rotary: got 6 rotated columns; wants rope_dim = 4"),
         ({"causal": 1}, "causal: got int"),
         ({"dropout": 2.0}, "dropout: got 2.0"),
+        ({"rotary": 4}, "rotary: got int; wants a RotaryEmbedding"),
+        ({"backend": "flash"}, "backend: got 'flash'"),
+        ({"eps": 0.0}, "eps: got 0.0"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
@@ -148,6 +151,14 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 
 
 X = torch.randn(B, N, DIM)
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_a_refused_prompt_leaves_the_cache_empty(absorbed: bool) -> None:
+    module, cache = make("plain", backend="sdpa"), DenseCache(Latent(10, 4), B, 16)
+    with torch.no_grad(), pytest.raises(tw.UnsupportedError, match="wants D = Dv"):
+        module(X, cache=cache, absorbed=absorbed)
+    assert cache.lengths.tolist() == [0] * B
 
 
 @pytest.mark.parametrize(
@@ -162,6 +173,8 @@ X = torch.randn(B, N, DIM)
         (lambda m: torch.no_grad()(m)(X, cache=DenseCache(Latent(12, 4), B, 16)), "k: got"),
         (lambda m: torch.no_grad()(m)(X, cache=DenseCache(KV(1, 14), B, 16)), "v: got"),
         (lambda m: torch.no_grad()(m)(X, cache=DenseCache(Latent(10, 4), B, 8)), "the cache is full"),
+        (lambda m: m(X.half()), "q: got dtype torch.float16; wants the module's torch.float32"),
+        (lambda m: m(X, cache=(X, X)), r"cache: got tuple.*Fix: DenseCache\(Latent\(10, 4\), batch, capacity\)"),
     ],
 )
 def test_bad_calls(call: Callable[[Any], object], message: str) -> None:

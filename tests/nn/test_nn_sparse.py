@@ -58,6 +58,11 @@ def test_bigbird_is_its_mask() -> None:
     same = tnn.SparseAttention(16, 2, BigBird(16, 3, 1, 2, 4))
     same.load_state_dict(module.state_dict())
     torch.testing.assert_close(module(tokens(200)), same(tokens(200)))
+    dense = tnn.MultiHeadAttention(16, 2)
+    dense.load_state_dict(module.state_dict())
+    for n in (1, 15, 16):  # no more tokens than global ones
+        torch.testing.assert_close(module(tokens(n)), dense(tokens(n)))
+    torch.testing.assert_close(module(tokens(40), tokens(9)), dense(tokens(40), tokens(9)))
 
 
 @pytest.mark.parametrize("places", [(), (0,), (3, 0, 40)], ids=str)
@@ -168,6 +173,13 @@ def test_errors() -> None:
         tnn.LongformerAttention(16, 2, window=7)
     with pytest.raises(ValueError, match="causal"):
         tnn.LongformerAttention(16, 2, window=8, causal=True)
+    for name, value in (("alibi", True), ("relative", 3), ("kv_heads", 1)):
+        with pytest.raises(ValueError, match=f"{name}: got {value}; wants none"):
+            tnn.LongformerAttention(16, 2, window=8, global_tokens=(0,), **{name: value})
+    with pytest.raises(TypeError, match="no argument 'need_weights'"):
+        tnn.LongformerAttention(16, 2, window=8)(x, need_weights=True)
+    with pytest.raises(TypeError, match="mask: got causal; wants a boolean tensor"):
+        tnn.SparseAttention(16, 2, Causal())(x, mask="causal")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="below N"):
         tnn.LongformerAttention(16, 2, window=8, global_tokens=(30,))(x)
     with pytest.raises(ValueError, match="self-attention"):

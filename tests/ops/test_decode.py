@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import tilewise
 from decode_cases import FEATURES, LAYOUTS, check, fill, make_cache
 from tilewise.caches import KV, DenseCache, PagedCache
 from tilewise.errors import UnsupportedError
+from tilewise.ops.decode import _tree_matrix
 from tilewise.ops.views import KVView
 
 BACKENDS = ("standard", "tiled")
@@ -39,6 +41,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     for backend in BACKENDS:
         check("dense", "tree", backend, tokens=5, dtype=dtype)
         check("page 17", "sink", backend, tokens=1, dtype=dtype)
+        check("page 16", "alibi batch", backend, tokens=3, dtype=dtype)
 
 
 @pytest.mark.parametrize("window", [None, (11, None)])
@@ -200,6 +203,12 @@ Q = torch.randn(2, 4, 1, 8)
         (Q, _view(), {"mask": tilewise.masks.Tree([-1, 0])}, ValueError, "mask: got a tree of 2 nodes"),
         (Q, _view(), {"backend": "fast"}, ValueError, "backend"),
         (Q, _view(), {"sink": torch.zeros(3)}, ValueError, "sink"),
+        (Q.transpose(1, 2), _view(), {}, ValueError, r"q: got 1 heads.*transpose\(1, 2\)"),
+        (Q, _view(), {"mask": torch.zeros(1, 1)}, TypeError, "mask: got dtype torch.float32.*mask != 0"),
+        (Q, _view(lengths=torch.tensor([-1, 4], dtype=torch.int32)), {}, ValueError, r"kv.lengths: got \[-1, 4\]"),
+        (Q, _view(lengths=torch.tensor([3, 11], dtype=torch.int32)), {}, ValueError, "at most the 10 tokens"),
+        (Q, _view(max_length=2), {}, ValueError, "kv.max_length: got 2; wants an upper bound of lengths"),
+        (Q, _view(start=torch.tensor([-1, 0], dtype=torch.int32)), {}, ValueError, r"kv.start: got \[-1, 0\]"),
         (Q.clone().requires_grad_(), _view(), {}, ValueError, "no gradient.*no_grad"),
     ],
 )  # fmt: skip
@@ -215,6 +224,10 @@ def test_bad_input(q: Tensor, kv: Any, options: dict[str, Any], error: type[Exce
         ({"bias": torch.zeros(2, 1, 1)}, UnsupportedError, "bias"),
         ({"seqused_k": torch.tensor([3])}, ValueError, "seqused_k: got torch.int64"),
         ({"page_table": torch.zeros(1, 1, dtype=torch.int32)}, ValueError, "seqused_k: got None"),
+        ({"q_offset": 0}, UnsupportedError, "q_offset"),
+        ({"seqused_k": [3]}, TypeError, "seqused_k: got list; wants a torch.Tensor"),
+        ({"seqused_k": torch.tensor([4], dtype=torch.int32)}, ValueError, r"got \[4\]; wants at most the \[3\]"),
+        ({"leftpad_k": torch.tensor([-1], dtype=torch.int32)}, ValueError, r"leftpad_k: got \[-1\]"),
     ],
 )
 def test_bad_input_packed(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -222,6 +235,68 @@ def test_bad_input_packed(options: dict[str, Any], error: type[Exception], messa
     given = {"num_splits": 1, **options}
     with pytest.raises(error, match=message):
         tilewise.attention_varlen(q, q, q, cu, cu, 3, 3, **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cu_seqlens_k": torch.tensor([0, 3], dtype=torch.int32)}, "cu_seqlens_k: got a tensor; wants None"),
+        ({"max_seqlen_k": 3}, r"seqused_k: got \[5\]; wants at most the 3 tokens of max_seqlen_k"),
+        ({"max_seqlen_k": None}, "max_seqlen_k: got NoneType; wants an int"),
+        ({"seqused_k": torch.tensor([9], dtype=torch.int32)}, "at most the 8 tokens that its pages hold"),
+        ({"page_table": torch.zeros(1, 2).long()}, r"page_table: got torch.int64.*page_table.to\(torch.int32\)"),
+    ],
+)
+def test_bad_input_paged(options: dict[str, Any], message: str) -> None:
+    q, pool = torch.randn(3, 2, 4), torch.randn(2, 2, 4, 4)
+    given: dict[str, Any] = {
+        "cu_seqlens_q": torch.tensor([0, 3], dtype=torch.int32),
+        "cu_seqlens_k": None,
+        "max_seqlen_q": 3,
+        "max_seqlen_k": 8,
+        "seqused_k": torch.tensor([5], dtype=torch.int32),
+        "page_table": torch.tensor([[1, 0]], dtype=torch.int32),
+    }
+    assert tilewise.attention_varlen(q, pool, pool, **given, deterministic=True).shape == q.shape
+    with pytest.raises((ValueError, TypeError), match=message):
+        tilewise.attention_varlen(q, pool, pool, **{**given, **options})
+
+
+def test_explain_decode_names_what_it_does_not_know() -> None:
+    with pytest.raises(TypeError, match=r"explain_decode\(\) has no argument 'dropout'"):
+        tilewise.explain_decode(Q, _view(), dropout=0.1)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("parents", [[-1], [-1, 0, 0, 1, 1, 2, 4, -1, 7], [-1, -1, 0], list(range(-1, 19))], ids=len)
+def test_a_tree_is_its_mask(parents: list[int]) -> None:
+    tree = tilewise.masks.Tree(parents)
+    for tokens in (len(parents), len(parents) + 1, 30):
+        found = _tree_matrix(tree, tokens, torch.device("cpu"))
+        assert (found[0].numpy() == tree.to_dense(tokens, tokens)).all()
+    assert _tree_matrix(tilewise.masks.Tree(parents), 30, torch.device("cpu")) is found
+
+
+def test_a_tree_inside_a_compiled_function() -> None:
+    tree, cache = tilewise.masks.Tree([-1, 0, 0, 1]), DenseCache(KV(2, 8), 2, 40)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def step(q: Tensor, k: Tensor) -> Tensor:
+        cache.append(k, k)
+        return tilewise.attention_decode(q, cache, mask=tree)
+
+    for tokens in (4, 6, 5):
+        q = torch.randn(2, 4, tokens, 8)
+        found = step(q, torch.randn(2, 2, tokens, 8))
+        torch.testing.assert_close(found, tilewise.attention_decode(q, cache, mask=tree))
+
+
+def test_vmap() -> None:
+    q, view = torch.randn(3, 2, 4, 2, 8), _view()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch's own rule is a loop, too, but warns of it
+        found = torch.func.vmap(lambda x: tilewise.attention_decode(x, view))(q)
+    torch.testing.assert_close(found, torch.stack([tilewise.attention_decode(x, view) for x in q]))
 
 
 def test_opcheck() -> None:

@@ -123,3 +123,5 @@ def test_merge_checks() -> None:
         tilewise.merge(o, lse, torch.zeros(2, 3, 5), lse)
     with pytest.raises(ValueError, match=r"lse2: got shape \[2, 4\]; wants o1's shape without its last dim, \[2, 3\]"):
         tilewise.merge(o, lse, o, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"o1: got a single number; wants shape \[\.\.\., Dv\]"):
+        tilewise.merge(*[torch.tensor(1.0)] * 4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import tilewise
 from budget import assert_within
 from cases import PAIRS, SIZES, cotangents, make_case, ours, random_features, sizes_for
 
@@ -21,6 +24,34 @@ def test_pair(pair: tuple[str, str], backend: str) -> None:
         dout, dlse = cotangents(case, seed)
         assert_within(ours(backend), case, torch.float32, dout, dlse, f"{pair} {size}")
         assert_within(ours(backend), case, torch.float32, dout, None, f"{pair} {size} without dlse")
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("sizes", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)], ids=str)
+def test_sizes_of_zero(sizes: tuple[int, int, int, int], backend: str) -> None:
+    batch, heads, n, m = sizes
+    options: list[dict[str, Any]] = [
+        {"causal": True},
+        {"mask": torch.ones(batch, heads, n, m, dtype=torch.bool)},
+        {"mask": tilewise.masks.Causal() | tilewise.masks.Window(1, 1)},
+        {"bias": torch.zeros(batch, heads, n, m)},
+        {"bias": tilewise.biases.Relative(torch.zeros(heads, 5))},
+        {"alibi": torch.ones(heads)},
+        {"alibi": torch.ones(batch, heads), "softcap": 2.0},
+        {"sink": torch.zeros(heads), "dropout": 0.5},
+        {"q_offset": torch.zeros(batch, dtype=torch.int32), "window": (1, 1)},
+    ]
+    for given in options:
+        q = torch.randn(batch, heads, n, 8, requires_grad=True)
+        k = torch.randn(batch, max(heads, 1), m, 8, requires_grad=True)
+        out, lse = tilewise.attention(q, k, k, return_lse=True, backend=backend, **given)
+        assert out.shape == q.shape
+        assert (out == 0).all()
+        assert (lse == (0.0 if "sink" in given else float("-inf"))).all()
+        out.sum().backward()
+        assert q.grad is not None
+        assert k.grad is not None
+        assert not k.grad.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)

@@ -299,3 +299,5 @@ def test_bad_scalings(make: Any) -> None:
 def test_nothing_to_turn() -> None:
     assert rotary(torch.empty(2, 3, 0, 8)).shape == (2, 3, 0, 8)
     assert rotary(torch.empty(0, 3, 5, 8)).shape == (0, 3, 5, 8)
+    for places in (torch.empty(0, dtype=torch.int32), torch.empty(2, 0, dtype=torch.int64)):
+        assert rotary(torch.empty(2, 3, 0, 8), places).shape == (2, 3, 0, 8)

@@ -101,3 +101,12 @@ def test_bad_text(tmp_path: Path) -> None:
     (tmp_path / "tokens" / "00000.bin").write_bytes(b"ab")
     with pytest.raises(ValueError, match="with 1 tokens; wants 6"):
         Shards(tmp_path / "tokens")
+    for name, content in (("index.json", "{"), ("index.json", "{}"), ("00000.bin", "")):
+        kept = (tmp_path / "tokens" / name).read_bytes()
+        (tmp_path / "tokens" / name).write_text(content)
+        with pytest.raises(ValueError, match=r"folder: got .*wants the tokens.*Fix: delete it; it is made again"):
+            Shards(tmp_path / "tokens")
+        (tmp_path / "tokens" / name).write_bytes(kept)
+    (tmp_path / "tokens" / "documents.bin").unlink()
+    with pytest.raises(ValueError, match=r"documents\.bin"):
+        Shards(tmp_path / "tokens")

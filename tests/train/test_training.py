@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -10,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tilewise.models import GPT, GPTConfig
-from tilewise.train import TrainConfig, Trainer, checkpoints, latest, read
+from tilewise.train import TrainConfig, Trainer, checkpoints, files, latest, read
 from tilewise.train.loop import FINAL, METRICS, DivergedError, read_metrics
 from tilewise.train.plot import plot
 from tilewise.train.shards import Batch
@@ -170,9 +173,67 @@ def test_checkpoints_of_another_run(tmp_path: Path) -> None:
         read(tmp_path / "text.safetensors")
     with pytest.raises(ValueError, match=r"checkpoint: got .*gone"):
         read(tmp_path / "gone.safetensors")
-    checkpoints.write(tmp_path / "next.safetensors", {"x": torch.zeros(1)}, {"version": 2})
-    with pytest.raises(ValueError, match="of version 2; wants version 1"):
+    checkpoints.write(tmp_path / "next.safetensors", {"x": torch.zeros(1)}, {"version": checkpoints.VERSION + 1})
+    with pytest.raises(ValueError, match=r"of version 3; wants version 2\. Fix: the release of tilewise that wrote"):
         read(tmp_path / "next.safetensors")
+
+
+def test_files_are_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "numbers"
+    files.write(path, np.arange(5, dtype=np.int64)[::2])
+    assert np.fromfile(path, np.int64).tolist() == [0, 2, 4]
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"numbers: could not be written \(No space left on device\)"):
+        files.write(path, "größer")
+    monkeypatch.undo()
+    assert [each.name for each in tmp_path.iterdir()] == ["numbers"]
+    assert path.stat().st_size == 24
+    files.write(path, "größer")
+    assert path.read_text(encoding="utf-8") == "größer"
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """Cut short anywhere, or one bit turned anywhere: told, never trained from."""
+    path = tmp_path / "step-0000001.safetensors"
+    checkpoints.write(path, {"x": torch.randn(50), "y": torch.ones(3, dtype=torch.bfloat16)}, {"step": 1})
+    whole = path.read_bytes()
+    assert read(path).tensors["y"].dtype == torch.bfloat16
+    for length in (0, 7, 8, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"checkpoint: got .*0000001.*without this file `--resume` goes on from"):
+            read(path)
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"checkpoint: got "):
+            read(path)
+
+
+def test_a_checkpoint_without_moments(tmp_path: Path) -> None:
+    list(trainer_of(tmp_path).run())
+    path = latest(tmp_path)
+    assert path is not None
+    found = read(path)
+    found.tensors.pop("first.wte.weight")
+    checkpoints.write(path, found.tensors, found.described)
+    with pytest.raises(ValueError, match=r"first\.wte\.weight.*wants the weights of this model"):
+        trainer_of(tmp_path).resume(path)
+
+
+def test_the_loop_leaves_the_generators_of_others_alone(tmp_path: Path) -> None:
+    """What dropout draws is its own, whatever else a process draws between the steps."""
+    finals = []
+    for name, noisy in (("quiet", False), ("noisy", True)):
+        trainer = trainer_of(tmp_path / name)
+        torch.manual_seed(9)
+        drawn = [torch.rand(()).item() for _ in trainer.run() if noisy]
+        finals.append((tmp_path / name / FINAL).read_bytes())
+    torch.manual_seed(9)
+    assert drawn == [torch.rand(()).item() for _ in drawn]
+    assert finals[0] == finals[1]
 
 
 def test_bad_plans() -> None:

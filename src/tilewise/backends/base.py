@@ -21,7 +21,8 @@ BACKEND_NAMES = ("hopper", "triton", "tiled", "sdpa", "standard")
 class Operands(NamedTuple):
     """The tensors of one attention call, in the layout that backends see.
 
-    Dense: q [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, Dv], any strides with a contiguous last dim.
+    Dense: q [B, H, N, D], k [B, Hkv, M, D], v [B, Hkv, M, Dv], any strides with a contiguous last dim. bias has any
+    strides; the others are contiguous.
     Packed: the same with B = 1 and N, M the token totals; `cu_seqlens_*` [batch + 1] int32 delimit the sequences.
     """
 

@@ -36,6 +36,8 @@ class LinearOperands(NamedTuple):
     v: Tensor
     decay: Tensor | None = None
     """Log decay, [B, H, N] or [B, H, N, K]."""
+    beta: Tensor | None = None
+    """[B, H, N] of the delta rule."""
     s: Tensor | None = None
     """[B, H, K, Dv], the state before the first token."""
     z: Tensor | None = None
@@ -62,6 +64,7 @@ class LinearGradients(NamedTuple):
     k: Tensor | None = None
     v: Tensor | None = None
     decay: Tensor | None = None
+    beta: Tensor | None = None
     s: Tensor | None = None
     z: Tensor | None = None
 
@@ -149,9 +152,8 @@ class TorchLinear:
         config: Segments | None,
         decay_gradient: bool,
     ) -> LinearGradients:
-        decay = operands.decay
         tokens = [empty_ordered(x, x.shape[-1]) for x in operands[:3]]
-        tokens += [] if decay is None else [torch.empty_like(decay)]
+        tokens += [torch.empty_like(x) for x in operands[3:5] if x is not None]
         state = _first_state(operands)
         after = _State(torch.zeros_like(state.s) if ds is None else ds, torch.zeros_like(state.z) if dz is None else dz)
         firsts = []
@@ -160,8 +162,9 @@ class TorchLinear:
             last = _State(after.s[own], after.z[own])
             firsts.append(_walk_back(dout[:, :, rows], last, part, [x[:, :, rows] for x in tokens], spec, config))
         s, z = _joined(firsts)
-        ddecay = tokens[3] if decay is not None and decay_gradient else None
-        return LinearGradients(tokens[0], tokens[1], tokens[2], ddecay, s, z)
+        ddecay = tokens[3] if operands.decay is not None and decay_gradient else None
+        dbeta = tokens[-1] if operands.beta is not None else None
+        return LinearGradients(tokens[0], tokens[1], tokens[2], ddecay, dbeta, s, z)
 
 
 class _State(NamedTuple):
@@ -179,20 +182,22 @@ def _walk_back(
     spec: LinearSpec,
     config: Segments | None,
 ) -> _State:
-    """Fill `grads` of one sequence's q, k, v and decay; returns the gradient of the state before its first token."""
+    """Fill `grads`, those of one sequence's q, k, v, decay and beta; returns the gradient of its first state."""
     cuts = _cuts(part.q.shape[2], spec, config)
     entries = [_first_state(part)]
     for segment in cuts[:-1]:
-        entries.append(_folded(_narrowed(part, segment), entries[-1], spec))
+        entries.append(_folded(_narrowed(part, segment), entries[-1], spec, config))
     for segment, entry in zip(reversed(cuts), reversed(entries), strict=True):
-        tokens = [x for x in _narrowed(part, segment)[:4] if x is not None]
+        cut = _narrowed(part, segment)
         # Below an operator autograd does not record, unless it is let in again.
         with (
             torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False),
             torch.enable_grad(),
         ):
-            leaves = [x.detach().requires_grad_() for x in (*tokens, *entry)]
-            result = _run(LinearOperands(*leaves[:-2]), _State(*leaves[-2:]), spec, config)
+            tokens = [None if x is None else x.detach().requires_grad_() for x in cut[:5]]
+            state = _State(*(x.detach().requires_grad_() for x in entry))
+            result = _run(LinearOperands(*tokens), state, spec, config)  # type: ignore[arg-type]
+            leaves = [x for x in (*tokens, *state) if x is not None]
             outputs, cotangents = [result.out, result.state.s], [dout[:, :, segment].to(result.out.dtype), dlast.s]
             if result.state.z is not None:
                 outputs.append(result.state.z)
@@ -231,8 +236,7 @@ def _cuts(tokens: int, spec: LinearSpec, config: Segments | None) -> list[slice]
 
 
 def _narrowed(part: LinearOperands, rows: slice) -> LinearOperands:
-    q, k, v = part.q[:, :, rows], part.k[:, :, rows], part.v[:, :, rows]
-    return part._replace(q=q, k=k, v=v, decay=None if part.decay is None else part.decay[:, :, rows])
+    return LinearOperands(*(None if x is None else x[:, :, rows] for x in part[:5]), *part[5:])  # type: ignore[arg-type]
 
 
 def _first_state(part: LinearOperands) -> _State:
@@ -247,15 +251,20 @@ def _run(part: LinearOperands, state: _State, spec: LinearSpec, config: Segments
     """One segment, differentiable."""
     dtype = accumulator_dtype(part.q.dtype)
     q, k = (FIXED[spec.feature_map](x.to(dtype)) for x in (part.q, part.k))
-    options = {"causal": spec.causal, "decay": part.decay, "exclusive": spec.exclusive, "normalize": spec.normalize}
+    options = {
+        "causal": spec.causal, "decay": part.decay, "beta": part.beta, "exclusive": spec.exclusive,
+        "normalize": spec.normalize,
+    }  # fmt: skip
     if config is not None:
         options["chunk"] = config.chunk
     form = parallel if config is None else chunked
     return form(q, k, part.v.to(dtype), **options, scale=spec.scale, state=LinearState(*state))
 
 
-def _folded(part: LinearOperands, state: _State, spec: LinearSpec) -> _State:
-    """The state after a segment, without its outputs."""
+def _folded(part: LinearOperands, state: _State, spec: LinearSpec, config: Segments | None) -> _State:
+    """The state after a segment, without its outputs where those can be left out."""
+    if part.beta is not None:
+        return _State(_run(part, state, spec, config).state.s, state.z)
     dtype = accumulator_dtype(part.k.dtype)
     k = FIXED[spec.feature_map](part.k.to(dtype))
     to_key = None if part.decay is None else part.decay.to(dtype).clamp(min=LEAST_LOG_DECAY).cumsum(2)

@@ -2,7 +2,8 @@
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; SC 2011) with
 key = (seed mod 2³², seed div 2³²) and counter = (j div 4, i, h, b); element (i, j) owns word j mod 4 of the result and
-is kept when that word is at least round(p·2³²). Row i and key j count from the start of their own sequence.
+is kept when that word is at least round(p·2³²), but 2³² − 1 at most. Row i and key j count from the start of their own
+sequence.
 
 PyTorch has no unsigned 64-bit product, but int64 wraps modulo 2⁶⁴, so both halves of the product come out right once
 the arithmetic shift's sign bits are masked off.
@@ -20,8 +21,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def threshold(dropout: float) -> int:
-    """Words below this are dropped."""
-    return round(dropout * 2**32)
+    """Words below this are dropped; it fits in 32 bits, however near 1 the probability is."""
+    return min(round(dropout * 2**32), _LOW)
 
 
 def _product(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:

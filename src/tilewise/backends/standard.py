@@ -28,7 +28,7 @@ class _Whole:
         self.q = self.blocks.q_rows(self.rows)
         self.allowed = None
         mask = restriction(operands, spec)
-        if mask is not None and n and m:
+        if mask is not None and 0 not in (n, m, problem.q.shape[0]):
             self.allowed = allowed_pairs(problem, mask, spec)
 
 

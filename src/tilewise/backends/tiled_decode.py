@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tilewise.backends import cpu_flash
 from tilewise.backends.decoding import DecodeOperands, empty_decoded
-from tilewise.reference.softmax import merge_sink
+from tilewise.reference.softmax import accumulator_dtype, merge_sink
 from tilewise.spec import DecodeSpec
 
 NEG_INF = float("-inf")
@@ -144,7 +144,7 @@ def _additive(
     total = None
     if operands.alibi is not None:
         slopes = operands.alibi if operands.alibi.shape[0] == 1 else operands.alibi[rows]
-        total = -slopes[:, :, None, None] * (p - j).abs()
+        total = -slopes[:, :, None, None].to(accumulator_dtype(operands.q.dtype)) * (p - j).abs()
     missing = _missing(operands, spec, rows.start, lo, hi)
     limited = tokens > 1 and (left is not None or right is not None)
     if not limited and operands.tree is None and missing is None:

@@ -194,15 +194,24 @@ def _runs(backend: str, device: torch.device) -> bool:
         return False
 
 
-def tensors(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Random q, k, v of a spec's shapes."""
-    generator = torch.Generator(device).manual_seed(0)
-    sizes = (
+def _sizes(spec: AttentionSpec) -> list[tuple[int, int, int, int]]:
+    """Of q, k and v."""
+    return [
         (spec.batch, spec.heads, spec.q_len, spec.head_dim),
         (spec.batch, spec.kv_heads, spec.k_len, spec.head_dim),
         (spec.batch, spec.kv_heads, spec.k_len, spec.v_head_dim),
-    )
-    return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
+    ]
+
+
+def tensors(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Random q, k, v of a spec's shapes."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(size, generator=generator, device=device).to(dtype) for size in _sizes(spec)]
+
+
+def stand_ins(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v of a spec's shapes that take no memory, to ask `explain` with: one row, expanded."""
+    return [torch.empty(1, 1, 1, size[-1], dtype=dtype, device=device).expand(size) for size in _sizes(spec)]
 
 
 def call_of(

@@ -17,13 +17,14 @@ from tilewise.bench import memory
 from tilewise.bench.calibrate import MachineRates, as_device, machine_rates
 from tilewise.bench.cases import BASELINE, Method, all_methods
 from tilewise.bench.environment import environment
-from tilewise.bench.exactness import exact_and_budget, largest_error
+from tilewise.bench.exactness import exact_and_budget, largest_error, reference_bytes
 from tilewise.bench.inputs import Inputs, Text, attention_inputs
 from tilewise.bench.timer import Timing, interleaved
-from tilewise.cost.counts import conventional_scores, forward_flops, ideal_traffic
+from tilewise.cost.counts import conventional_scores, forward_flops, ideal_traffic, itemsize
 from tilewise.cost.hardware import Device
+from tilewise.cost.peak import peak_bytes
 from tilewise.cost.roofline import Step, place
-from tilewise.errors import UnsupportedError
+from tilewise.errors import UnsupportedError, bad_value
 from tilewise.ops.dense import explain
 from tilewise.ops.dispatch import Plan
 from tilewise.spec import AttentionSpec
@@ -102,8 +103,14 @@ def compare(settings: Settings, progress: Progress = lambda label, share: None) 
     """Runs the comparison, on CUDA or CPU.
 
     Raises:
+        ValueError: the memory that is free does not hold the float64 reference at the longest length.
         RuntimeError: a method failed while its memory was measured.
     """
+    longest = max(settings.lengths)
+    lacking = memory.shortage(reference_bytes(longest), settings.device)
+    if lacking is not None:
+        fix = f"choose shorter ones: the float64 reference of this one {lacking}"
+        raise bad_value("lengths", longest, "a length whose scores fit in memory", fix)
     told = _Shares(settings.lengths, progress)
     told.begin("measuring what this machine attains")
     rates = machine_rates(settings.device, settings.dtype)
@@ -185,8 +192,19 @@ def _usable(
             except UnsupportedError:
                 left_out[method.name] = auto.rejected[method.name]
                 continue
+        lacking = memory.shortage(_need(method, auto.spec), settings.device)
+        if lacking is not None:
+            left_out[method.name] = f"at N = {length:,} it {lacking}"
+            continue
         methods[method.name] = method
     return methods, auto
+
+
+def _need(method: Method, spec: AttentionSpec) -> float:
+    """Bytes beyond the inputs; the six steps hold several matrices of scores at once, in float32 at least."""
+    if method.backend == "reference":
+        return 4 * spec.batch * spec.heads * spec.q_len * spec.k_len * max(4, itemsize(spec.dtype))
+    return peak_bytes(spec, method.backend)
 
 
 def _call(method: Method, inputs: Inputs, causal: bool) -> Callable[[], Tensor]:

@@ -10,6 +10,9 @@ from torch import Tensor
 from tilewise.bench.inputs import Inputs
 from tilewise.reference.standard import causal_allowed, default_scale, standard_attention
 
+_MATRICES = 4
+"""float64 matrices of scores, at most, that the reference holds at once."""
+
 
 def exact_and_budget(inputs: Inputs, causal: bool) -> tuple[Tensor, float]:
     """The float64 output [B, H, N, D], and the largest absolute error allowed in the inputs' dtype.
@@ -26,6 +29,11 @@ def exact_and_budget(inputs: Inputs, causal: bool) -> tuple[Tensor, float]:
         exact_heads.append(exact)
     exact = torch.cat(exact_heads, dim=1)
     return exact, 2 * plain_error + unit_in_last_place(exact.abs().max().item(), inputs.q.dtype)
+
+
+def reference_bytes(length: int) -> float:
+    """What `exact_and_budget` holds at its peak, all but the tensors of size N: matrices of one head's scores."""
+    return _MATRICES * 8.0 * length * length
 
 
 def largest_error(out: Tensor, exact: Tensor) -> float:

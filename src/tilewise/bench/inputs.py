@@ -6,6 +6,7 @@ of a block at the start of training, and repeated bytes attend to each other, wh
 
 from __future__ import annotations
 
+import codecs
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -40,21 +41,26 @@ def default_text() -> Text:
     return Text("Python's help topics", "\n".join(topics[name] for name in sorted(topics)).encode())
 
 
+MOST_TEXT = 2**26
+"""Bytes that are read of a file: more tokens than any machine compares methods on."""
+
+
 def read_text(path: Path) -> Text:
-    """The text in `path`.
+    """The text in `path`, or the first 64 MiB of it.
 
     Raises:
         ValueError: the file is missing, unreadable, empty or not UTF-8 text; the message says which.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MOST_TEXT)
     except OSError as problem:
         reason = (problem.strerror or "unreadable").lower()
         raise bad_value("text", f"{str(path)!r} ({reason})", "a readable file") from problem
     if not data.strip():
         raise bad_value("text", f"{str(path)!r}, which is empty", "a file with text in it")
     try:
-        text = data.decode()
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < MOST_TEXT)
     except UnicodeDecodeError as problem:
         raise bad_value("text", f"{str(path)!r}, which is not UTF-8", "a text file", "convert it to UTF-8") from problem
     if "\0" in text:

@@ -12,17 +12,12 @@ import contextlib
 import io
 import os
 import re
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
-
-import torch
-
-from tilewise.bench.environment import usable_cores
 
 T = TypeVar("T")
 
@@ -87,6 +82,8 @@ _stage = _Stage()
 
 def pick(tiny: T, full: T) -> T:
     """The size to run at: `full` where there is a GPU, else `tiny`, which suits two CPU cores."""
+    import torch
+
     return full if torch.cuda.is_available() else tiny
 
 
@@ -108,6 +105,10 @@ def expect(condition: bool, claim: str) -> None:
 
     Elsewhere it says whether the claim held, and goes on. Raises AssertionError with the claim.
     """
+    import torch
+
+    from tilewise.bench.environment import usable_cores
+
     load = os.getloadavg()[0] / usable_cores() if hasattr(os, "getloadavg") else 0.0
     if condition or (load > BUSY and not torch.cuda.is_available()):
         held = "" if condition else f" NOT seen under a load of {load:.1f} a core:"
@@ -130,14 +131,12 @@ def _notebook_style() -> str:
 
 
 def folder() -> Path:
-    """Where the lessons are: beside the sources, or where the package installed them.
+    """Where the lessons are: within the installed package, or beside the sources.
 
     Raises FileNotFoundError where they are in neither place.
     """
-    for candidate in (
-        Path(__file__).parents[3] / "labs",
-        Path(sysconfig.get_path("data"), "share", "tilewise", "labs"),
-    ):
+    package = Path(__file__).parents[1]
+    for candidate in (package / "labs", package.parents[1] / "labs"):
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError("the lessons are not part of this installation; they lie in labs/ of the project")
@@ -187,6 +186,8 @@ def run_lesson(lesson: Lesson, told: Callable[[str], object] = lambda text: None
             try:
                 code = compile("\n" * (cell.line - 1) + cell.source, str(lesson.path), "exec")
                 exec(code, names)  # noqa: S102 - running the lessons is what this is for
+            except ModuleNotFoundError as missing:
+                error = f"this lesson needs {missing.name}: pip install 'tilewise[labs]'"
             except Exception:  # noqa: BLE001 - whatever a lesson raises is its result, and is shown
                 error = traceback.format_exc(limit=-2)
         result.text = output.getvalue()

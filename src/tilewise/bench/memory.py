@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -50,6 +52,23 @@ def cuda_peak(call: Callable[[], object], device: torch.device) -> int:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is left on a device, or None where the system does not tell (a CPU outside Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    told = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text(encoding="ascii")) if told.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def shortage(need: float, device: torch.device) -> str | None:
+    """Why `need` bytes cannot be had on a device now, or None."""
+    free = free_bytes(device)
+    if free is None or need <= free:
+        return None
+    return f"needs about {need / 2**30:,.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tilewise.bench.report.page import write_whole
 from tilewise.errors import bad_value
 
 Key = tuple[str, str, str]
@@ -160,15 +159,7 @@ def write(results: Results, path: Path) -> None:
         OSError: the folder is missing or not writable.
     """
     text = json.dumps(finite(results.as_dict()), indent=1, ensure_ascii=False, allow_nan=False)
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(text + "\n", path)
 
 
 def finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ the tiles that the loop itself had on chip.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -122,4 +122,18 @@ def trace_flash(q: Tensor, k: Tensor, v: Tensor, version: str = "v2", *, causal:
     n, m = q.shape[-2], k.shape[-2]
     chip = _Watching(q.dtype, -(-n // block), -(-m // block), columns_outside=version == "v1")
     _, counters = LOOPS[version](q, k, v, causal=causal, block_m=block, block_n=block, chip=chip)
-    return Trace(version, n, m, block, block, tuple(chip.frames), tuple(chip.skipped), counters)
+    frames = chip.frames if version == "v1" else _with_rows_written(chip.frames, counters)
+    return Trace(version, n, m, block, block, tuple(frames), tuple(chip.skipped), counters)
+
+
+def _with_rows_written(frames: list[Frame], total: Counters) -> list[Frame]:
+    """v2's frames with what follows a row's last tile: the division, and O and lse on their way to memory.
+
+    A frame is taken before that; what was written by the time of the next one was written after this one.
+    """
+    after = [(frame.bytes_written, frame.divisions) for frame in frames[1:]]
+    after.append((total.bytes_written, total.divisions))
+    return [
+        replace(frame, bytes_written=written, divisions=divisions)
+        for frame, (written, divisions) in zip(frames, after, strict=False)  # without frames there is still the total
+    ]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tilewise.caches.contents import KV
+from tilewise.caches.contents import KV, check_sizes
 from tilewise.errors import bad_type, bad_value
 from tilewise.ops.append import append_kv
 from tilewise.ops.views import KVView
@@ -94,6 +94,18 @@ class Cache(Lifecycle, Protocol):
         ...
 
 
+def integers(name: str, values: object) -> np.ndarray:
+    """An integer, or integers, as int64; TypeError for anything else, fractions and booleans included."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    elif isinstance(values, Iterable) and not isinstance(values, str | np.ndarray):
+        values = list(values)
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise bad_type(name, repr(values), "integers")
+    return array.astype(np.int64)
+
+
 class SlotCache:
     """`Cache` for all layouts in which a token has a slot: dense, rolling and paged say where it is."""
 
@@ -107,16 +119,19 @@ class SlotCache:
         device: torch.device | str,
     ) -> None:
         """`pools`: how many pages of how many tokens are there."""
-        for name, size in (("batch", batch), ("capacity", capacity)):
-            if size < 1:
-                raise bad_value(name, size, "at least 1")
+        if not isinstance(contents, KV):
+            raise bad_type("contents", contents, "KV, Latent or Int8", "KV(kv_heads, head_dim)")
+        check_sizes(batch=batch, capacity=capacity)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise bad_type("dtype", str(dtype), "a floating-point dtype", "Int8 contents store int8")
         self.contents = contents
         self.capacity = capacity
         self.dtype = dtype
         place = torch.device(device)
-        self.pools = contents.pools(*pools, dtype, place)
+        with torch.inference_mode(False):  # whose tensors nothing outside of it may write to
+            self.pools = contents.pools(*pools, dtype, place)
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=place)
         self.device = self.pools.k.device
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=place)
         self.start: Tensor | None = None
         self._held = np.zeros(batch, np.int64)
         self._exact = True
@@ -196,8 +211,7 @@ class SlotCache:
                 raise bad_value("counts", f"shape {list(counts.shape)}", f"shape [B] = [{self.batch}]")
             if counts.device.type != "cpu":
                 return np.full(self.batch, tokens, np.int64)
-            counts = counts.tolist()
-        added = np.asarray(counts, np.int64)
+        added = integers("counts", counts)
         if added.shape != (self.batch,):
             raise bad_value("counts", f"shape {list(added.shape)}", f"shape [B] = [{self.batch}]")
         if (added < 0).any() or (added > tokens).any():
@@ -218,15 +232,25 @@ class SlotCache:
 
     def pad(self, start: Sequence[int] | Tensor) -> None:
         """Say that the tokens before `start` [B] of each sequence are left padding, which nothing will see."""
-        starts = torch.as_tensor(start, dtype=torch.int32)
+        if isinstance(start, Tensor) and not start.is_floating_point() and start.dtype != torch.bool:
+            starts = start.to(torch.int32)
+        else:
+            starts = torch.from_numpy(integers("start", start).astype(np.int32))
         if tuple(starts.shape) != (self.batch,):
             raise bad_value("start", f"shape {list(starts.shape)}", f"shape [B] = [{self.batch}]")
         if starts.device.type == "cpu" and bool((starts < 0).any()):
             raise bad_value("start", starts.tolist(), "numbers of tokens, at least 0")
-        self.start = starts.to(self.device)
+        self._begin(starts)
+
+    def _begin(self, starts: Tensor) -> None:
+        """Take these starts, into the tensor that a captured graph may know, and never the caller's own."""
+        if self.start is None:
+            with torch.inference_mode(False):
+                self.start = torch.zeros_like(self.lengths)
+        self.start.copy_(starts)
 
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
-        rows = [int(i) for i in (indices.tolist() if isinstance(indices, Tensor) else indices)]
+        rows = integers("indices", indices).reshape(-1).tolist()
         if len(rows) != self.batch:
             raise bad_value("indices", f"{len(rows)} indices", f"one for each of the {self.batch} sequences")
         for row in rows:
@@ -236,8 +260,9 @@ class SlotCache:
         order = torch.tensor(rows, device=self.device)
         self.lengths.copy_(self.lengths[order])
         if self.start is not None:
-            self.start = self.start[order]
+            self.start.copy_(self.start[order])
         self._held = self._held[rows]
+        self._freed.clear()  # whatever stood there is overwritten by a living one
 
     def _reorder(self, rows: list[int]) -> None:
         """Move or share what the rows hold."""
@@ -248,7 +273,7 @@ class SlotCache:
         targets = self._rows("destinations", destinations)
         self._settle()
         held = int(self._held[source])
-        count = held if tokens is None else tokens
+        count = held if tokens is None else int(integers("tokens", tokens))
         if not 0 <= count <= held:
             raise bad_value("tokens", count, f"0 to {held}, the tokens of sequence {source}")
         targets = [row for row in targets if row != source]
@@ -273,7 +298,7 @@ class SlotCache:
             torch.minimum(self.lengths, lengths.clamp(min=0), out=self.lengths)
             self._exact = False
             return
-        wanted = np.asarray(lengths.tolist() if isinstance(lengths, Tensor) else lengths, np.int64)
+        wanted = integers("lengths", lengths)
         if wanted.shape not in ((), (self.batch,)):
             raise bad_value("lengths", f"shape {list(wanted.shape)}", f"one length, or one for each of {self.batch}")
         if (wanted < 0).any():
@@ -308,9 +333,10 @@ class SlotCache:
         self.start = None
 
     def to(self, device: torch.device | str) -> Self:
-        self.pools = self.pools.map(lambda x: x.to(device))
-        self.lengths = self.lengths.to(device)
-        self.start = None if self.start is None else self.start.to(device)
+        with torch.inference_mode(False):
+            self.pools = self.pools.map(lambda x: x.to(device))
+            self.lengths = self.lengths.to(device)
+            self.start = None if self.start is None else self.start.to(device)
         self.device = self.pools.k.device
         return self
 
@@ -322,20 +348,28 @@ class SlotCache:
         mine = self.state_dict()
         if missing := mine.keys() - state.keys() - {"start"}:
             raise bad_value("state", f"no {', '.join(sorted(missing))}", "the state of a cache of the same make")
+        if beyond := state.keys() - mine.keys() - {"start"}:
+            raise bad_value("state", f"{', '.join(sorted(beyond))}", "the state of a cache of the same make")
         for name, x in mine.items():
             if name != "start" and (state[name].shape != x.shape or state[name].dtype != x.dtype):
                 got = f"{name} of shape {list(state[name].shape)}, {state[name].dtype}"
                 raise bad_value("state", got, f"shape {list(x.shape)}, {x.dtype}")
+        if "start" in state and (state["start"].shape != self.lengths.shape or state["start"].dtype != torch.int32):
+            got = f"start of shape {list(state['start'].shape)}, {state['start'].dtype}"
+            raise bad_value("state", got, f"shape {list(self.lengths.shape)}, torch.int32")
         for name, x in mine.items():
             if name != "start":
                 x.copy_(state[name])
-        self.start = state["start"].to(self.device) if "start" in state else None
+        if "start" in state:
+            self._begin(state["start"])
+        else:
+            self.start = None
         self._held = self.lengths.cpu().numpy().astype(np.int64)
         self._exact = True
         self._freed.clear()
 
     def _rows(self, name: str, rows: Rows | Iterable[int]) -> list[int]:
-        found = [rows] if isinstance(rows, int) else [int(row) for row in rows]
+        found = integers(name, rows).reshape(-1).tolist()
         for row in found:
             if not 0 <= row < self.batch:
                 raise bad_value(name, row, f"sequences from 0 to {self.batch - 1}")

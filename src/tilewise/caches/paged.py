@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tilewise.caches.base import SlotCache
-from tilewise.caches.contents import KV
+from tilewise.caches.base import SlotCache, integers
+from tilewise.caches.contents import KV, check_sizes
 from tilewise.errors import bad_value
 
 ABSENT = -1
@@ -49,13 +49,14 @@ class PagedCache(SlotCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, size in (("pages", pages), ("page_size", page_size)):
-            if size < 1:
-                raise bad_value(name, size, "at least 1")
+        check_sizes(pages=pages, page_size=page_size)
+        if capacity is not None:
+            check_sizes(capacity=capacity)
         columns = pages if capacity is None else -(-capacity // page_size)
         super().__init__(contents, batch, columns * page_size, (pages, page_size), dtype, device)
         self.page_size = page_size
-        self._table = torch.full((batch, columns), ABSENT, dtype=torch.int32, device=self.device)
+        with torch.inference_mode(False):
+            self._table = torch.full((batch, columns), ABSENT, dtype=torch.int32, device=self.device)
         self._pages: list[list[int]] = [[] for _ in range(batch)]
         self._users = np.zeros(pages, np.int64)
         self._unused = list(range(pages - 1, -1, -1))
@@ -82,7 +83,10 @@ class PagedCache(SlotCache):
 
         Raises ValueError, with the cache as it was, if the pool has too few or a sequence would exceed the capacity.
         """
-        wanted = np.broadcast_to(np.asarray(tokens, np.int64), (self.batch,))
+        wanted = integers("tokens", tokens)
+        if wanted.shape not in ((), (self.batch,)):
+            raise bad_value("tokens", f"shape {list(wanted.shape)}", f"one number, or one for each of {self.batch}")
+        wanted = np.broadcast_to(wanted, (self.batch,))
         if (wanted < 0).any():
             raise bad_value("tokens", tokens, "numbers of at least 0")
         self._settle()
@@ -188,13 +192,18 @@ class PagedCache(SlotCache):
 
     def to(self, device: torch.device | str) -> PagedCache:
         super().to(device)
-        self._table = self._table.to(self.device)
+        with torch.inference_mode(False):
+            self._table = self._table.to(self.device)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**super().state_dict(), "page_table": self._table}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        table, pages = state.get("page_table"), len(self._users)
+        if table is not None and bool(((table < ABSENT) | (table >= pages)).any()):
+            want = f"pages from 0 to {pages - 1}, or {ABSENT} for none"
+            raise bad_value("state", "a page_table with pages outside the pool", want)
         super().load_state_dict(state)
         self._pages = [[page for page in row if page != ABSENT] for row in self._table.tolist()]
         self._recount()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tilewise.caches.base import Rows
+from tilewise.caches.base import Rows, integers
+from tilewise.caches.contents import check_sizes
 from tilewise.errors import UnsupportedError, bad_value
 from tilewise.reference.linear import LinearState
 
@@ -23,7 +25,8 @@ class RecurrentCache:
         batch: B, sequences.
         normalized: the attention is normalised, so the state has a z.
         shifted: the feature map is given in logs (FAVOR+), so the state has a shift.
-        tail: width of the last token's input that is kept beside the state (RWKV's token shift); 0 for none.
+        tail: numbers of the last tokens' inputs that are kept beside the state (RWKV's token shift, the convolution of
+            the delta rule's module); 0 for none.
         dtype: of the state; float64 for float64 modules.
         device: where everything lies.
 
@@ -44,9 +47,7 @@ class RecurrentCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, size in (("heads", heads), ("features", features), ("v_head_dim", v_head_dim), ("batch", batch)):
-            if size < 1:
-                raise bad_value(name, size, "at least 1")
+        check_sizes(heads=heads, features=features, v_head_dim=v_head_dim, batch=batch, tail=tail or 1)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._tensors = {"s": torch.zeros(batch, heads, features, v_head_dim, dtype=dtype, device=device)}
         if normalized:
@@ -78,14 +79,16 @@ class RecurrentCache:
 
     @property
     def tail(self) -> Tensor | None:
-        """[B, width], the last token's input, zeros before the first."""
+        """[B, width], the last tokens' inputs, zeros before the first."""
         return self._tensors.get("tail")
 
     def update(self, state: LinearState, tokens: int, tail: Tensor | None = None) -> None:
         """Replace the state by the one after `tokens` more tokens of each sequence, in place.
 
-        Raises ValueError, with the cache as it was, for a state of another shape.
+        Raises ValueError, with the cache as it was, for a state of another shape, or fewer than 0 tokens.
         """
+        if tokens < 0:
+            raise bad_value("tokens", tokens, "a number of tokens")
         given = {"s": state.s, "z": state.z, "shift": state.shift, "tail": tail}
         for name, x in given.items():
             own = self._tensors.get(name)
@@ -100,9 +103,10 @@ class RecurrentCache:
 
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """See `Lifecycle.reorder`."""
-        order = torch.as_tensor(indices, dtype=torch.int64, device=self.lengths.device)
-        if tuple(order.shape) != (self.batch,):
-            raise bad_value("indices", f"{order.numel()} indices", f"one for each of the {self.batch} sequences")
+        rows = integers("indices", indices).reshape(-1).tolist()
+        if len(rows) != self.batch:
+            raise bad_value("indices", f"{len(rows)} indices", f"one for each of the {self.batch} sequences")
+        order = torch.tensor(self._check_rows("indices", rows), device=self.lengths.device)
         for x in (self.lengths, *self._tensors.values()):
             x.copy_(x[order])
 
@@ -110,12 +114,16 @@ class RecurrentCache:
         """See `Lifecycle.fork`; all tokens or none."""
         self._check_rows("source", source)
         rows = self._check_rows("destinations", destinations)
-        if tokens is not None and tokens not in (0, int(self.lengths[source])):
+        held = int(self.lengths[source])
+        count = held if tokens is None else int(integers("tokens", tokens))
+        if not 0 <= count <= held:
+            raise bad_value("tokens", count, f"0 to {held}, the tokens of sequence {source}")
+        if count not in (0, held):
             raise UnsupportedError(
-                f"tokens={tokens}: a recurrent state is a sum over all {int(self.lengths[source])} tokens; the "
-                "last ones cannot be taken from it. Fix: fork before appending them"
+                f"tokens={count}: a recurrent state is a sum over all {held} tokens; the last ones cannot be taken "
+                "from it. Fix: fork before appending them"
             )
-        if tokens == 0:
+        if count == 0:
             self.free(rows)
             return
         for x in (self.lengths, *self._tensors.values()):
@@ -123,13 +131,17 @@ class RecurrentCache:
 
     def trim(self, lengths: Rows | Tensor) -> None:
         """See `Lifecycle.trim`; only to nothing, or to what there is."""
-        wanted = torch.as_tensor(lengths, dtype=torch.int32).to(self.lengths.device).broadcast_to(self.batch).clone()
-        if bool(((wanted < self.lengths) & (wanted > 0)).any()):
+        wanted, held = integers("lengths", lengths), self.lengths.cpu().numpy()
+        if wanted.shape not in ((), (self.batch,)):
+            raise bad_value("lengths", f"shape {list(wanted.shape)}", f"one length, or one for each of {self.batch}")
+        if (wanted < 0).any():
+            raise bad_value("lengths", lengths, "lengths of at least 0")
+        if ((wanted < held) & (wanted > 0)).any():
             raise UnsupportedError(
                 f"lengths={wanted.tolist()}: a recurrent state is a sum over all tokens, from which the last ones "
                 "cannot be taken. Fix: fork the sequence before a draft and drop the fork that is rejected"
             )
-        self.free(torch.nonzero((wanted == 0) & (self.lengths > 0)).flatten().tolist())
+        self.free(np.flatnonzero((wanted == 0) & (held > 0)).tolist())
 
     def free(self, rows: Rows) -> None:
         """See `Lifecycle.free`."""
@@ -166,7 +178,7 @@ class RecurrentCache:
         self._bound = int(self.lengths.max())
 
     def _check_rows(self, name: str, rows: Rows) -> list[int]:
-        picked = [rows] if isinstance(rows, int) else list(rows)
+        picked = integers(name, rows).reshape(-1).tolist()
         for row in picked:
             if not 0 <= row < self.batch:
                 raise bad_value(name, row, f"0 to {self.batch - 1}, the sequences of this cache")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tilewise.caches.base import Rows
-from tilewise.caches.contents import KV
+from tilewise.caches.contents import KV, check_sizes
 from tilewise.caches.dense import DenseCache
-from tilewise.errors import bad_value
+from tilewise.errors import bad_type, bad_value
 
 UNBOUNDED = 2**31 - 1
 
@@ -19,6 +19,7 @@ class RollingCache(DenseCache):
 
     A query with `window=(window, ...)` sees itself and `window` tokens back, so a step of T ≤ slack tokens may be
     appended and then decoded, and up to `slack` tokens may be trimmed again, before anything it needs is overwritten.
+    Append after a trim, then decode: what the tokens at the new end looked back to may be gone.
     A longer prompt may be appended at once, but is attended to with `attention(q, k, v)`, whose keys are at hand.
 
     Args:
@@ -39,10 +40,11 @@ class RollingCache(DenseCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        if isinstance(window, bool) or not isinstance(window, int):
+            raise bad_type("window", window, "a number of tokens", "window=256 for a module's window=(256, 0)")
         if window < 0:
             raise bad_value("window", window, "a number of tokens, at least 0")
-        if slack < 1:
-            raise bad_value("slack", slack, "at least 1: the token of the query itself")
+        check_sizes(slack=slack)
         super().__init__(contents, batch, window + slack, dtype=dtype, device=device)
         self.slack = slack
         self._longest = np.zeros(batch, np.int64)

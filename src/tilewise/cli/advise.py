@@ -10,8 +10,8 @@ import click
 
 from tilewise.cli import OK
 from tilewise.cli.calibrated import calibration_option, read
-from tilewise.cli.cost import print_grid
-from tilewise.cli.output import json_option, print_json, report_option, write_report
+from tilewise.cli.grids import print_grid, write_grids
+from tilewise.cli.output import json_option, print_json, report_option
 from tilewise.cli.problem import problem_options, spec_of
 from tilewise.cost.advice import TASKS, Advice, Task
 from tilewise.cost.advice import advise as give
@@ -49,7 +49,7 @@ def advise(
     if found is None and device == "here":
         raise click.UsageError("this machine was not measured yet: run `tilewise roofline --measure`")
     where = found.device if found is not None else DEVICES[device or "H200"]
-    kind = dtype or (next(iter(where.matmul)) if found is not None else "bfloat16")
+    kind = dtype or where.usual_dtype
     if task == "decode" and problem["keys"] is None:
         problem |= {"keys": problem["seq"], "seq": 1}
     try:
@@ -57,10 +57,7 @@ def advise(
     except ValueError as reason:
         raise click.UsageError(str(reason), click.get_current_context()) from None
     grid = _grid(advice, task)
-    if report is not None:
-        from tilewise.bench.report.grids import grids_page
-
-        write_report(lambda command: grids_page("advise", [grid], command, headline=_headline(advice)), report)
+    write_grids("advise", [grid], report, headline=_headline(advice))
     if as_json:
         print_json({"device": where.name, "task": task, **asdict(advice)})
         return OK

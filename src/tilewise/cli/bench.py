@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ import click
 
 from tilewise.bench.suites import PASSES, SUITES, Case, select
 from tilewise.cli import FAILED, INTERRUPTED, OK
-from tilewise.cli.output import PositiveIntegers, console, pick_device, print_json, progress
+from tilewise.cli.output import OutputFile, PositiveIntegers, command_line, console, pick_device, print_json, progress
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +35,6 @@ _COLUMNS = (
 _NARROW_COLUMNS = ("pattern", "D", "N", "backend", "time", "ratio", "best peer")
 _LEFT = ("pattern", "backend", "best peer")
 _WIDE = 116
-_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class _Names(click.ParamType):
@@ -84,14 +81,16 @@ class _Names(click.ParamType):
 @click.option(
     "--json",
     "json_file",
-    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    type=OutputFile(allow_dash=True),
     is_flag=False,
     flag_value=Path(STDOUT),
     help="Where the results go as they come; - or nothing prints them instead of a table.",
 )
-@click.option("--html", "html_file", type=_FILE, help="Write a report.")
+@click.option("--report", "--html", "report", type=OutputFile(), help="Also write a self-contained HTML page here.")
 @click.option(
-    "--against", type=_FILE, help="Results of an earlier run: show what changed, exit with 1 if it got slower."
+    "--against",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Results of an earlier run: show what changed, exit with 1 if it got slower.",
 )
 @click.option(
     "--resume/--no-resume",
@@ -112,7 +111,7 @@ def bench(
     peers: tuple[str, ...],
     rounds: int,
     json_file: Path | None,
-    html_file: Path | None,
+    report: Path | None,
     against: Path | None,
     resume: bool | None,
     list_only: bool,
@@ -123,9 +122,6 @@ def bench(
     exceeds its error budget, or lost ground against an earlier run. Ctrl-C keeps the finished cells in the --json file;
     the same command goes on from there.
     """
-    for option, file in (("--json", json_file), ("--html", html_file)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise click.BadParameter(f"the folder of {str(file)!r} does not exist", param_hint=option)
     where = pick_device(device)
     kind = dtype if dtype != "auto" else "bfloat16" if where.type == "cuda" else "float32"
     named = suites or (("dense",) if where.type == "cuda" else ("quick",))
@@ -139,7 +135,7 @@ def bench(
     if list_only:
         _list(cases, passes, backends, as_json=json_file is not None)
         return OK
-    return _run(_settings(cases, where, passes, backends, peers, rounds), json_file, html_file, against, resume)
+    return _run(_settings(cases, where, passes, backends, peers, rounds), json_file, report, against, resume)
 
 
 def _settings(
@@ -163,7 +159,7 @@ def _settings(
 
 
 def _run(
-    settings: Settings, json_file: Path | None, html_file: Path | None, against: Path | None, resume: bool | None
+    settings: Settings, json_file: Path | None, report: Path | None, against: Path | None, resume: bool | None
 ) -> int:
     from tilewise.bench.benchmark import begin, run
     from tilewise.bench.regression import compare_runs
@@ -184,7 +180,7 @@ def _run(
         nonlocal latest
         latest = results
         if kept is not None:
-            _written(write, results, kept, "--json")
+            write(results, kept)
 
     try:
         with progress("benchmark") as told:
@@ -194,21 +190,13 @@ def _run(
         click.echo(f"tilewise bench: interrupted; {len(latest.cells)} finished cells {where}", err=True)
         return INTERRUPTED
     changes = compare_runs(results, earlier) if earlier is not None else None
-    if html_file is not None:
-        command = shlex.join(["tilewise", *click.get_current_context().obj])
-        _written(write_page, benchmark_page(results, command, changes), html_file, "--html")
+    if report is not None:
+        write_page(benchmark_page(results, command_line(), changes), report)
     if json_file is not None and kept is None:
         print_json(finite(results.as_dict()))
     else:
-        _print(results, changes, [file for file in (kept, html_file) if file is not None])
+        _print(results, changes, [file for file in (kept, report) if file is not None])
     return OK if results.passed and (changes is None or changes.passed) else FAILED
-
-
-def _written(write: Callable[[Any, Path], object], what: object, path: Path, option: str) -> None:
-    try:
-        write(what, path)
-    except OSError as problem:
-        raise click.BadParameter(f"{str(path)!r}: {problem.strerror}", param_hint=option) from problem
 
 
 def _resumed(path: Path | None, resume: bool | None, start: Results) -> Results:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tilewise.cli.output import console, progress
+from tilewise.cli.output import console, pick_device, progress, unwritable
 from tilewise.cost.calibration import Calibration, default_path, load, save
 
 calibration_option = click.option(
@@ -17,23 +17,16 @@ calibration_option = click.option(
 )
 
 
-def path_of(given: Path | None) -> Path:
-    """The file to read and write.
-
-    Raises:
-        click.BadParameter: none was given and this user has no home.
-    """
-    if given is not None:
-        return given
-    try:
-        return default_path()
-    except RuntimeError as problem:
-        raise click.BadParameter("no home folder to keep it in; name a file", param_hint="--calibration") from problem
-
-
 def read(given: Path | None) -> Calibration | None:
-    """The saved calibration, or None."""
-    return load(path_of(given))
+    """The saved calibration, or None where there is none; one that cannot be read counts as none, and is told of."""
+    try:
+        path = given or default_path()
+    except RuntimeError:  # a user without a home
+        return None
+    found = load(path)
+    if found is None and path.exists():
+        click.echo(f"{path} holds no calibration of this version; --measure or --calibrate replaces it", err=True)
+    return found
 
 
 def warn_if_stale(found: Calibration | None) -> None:
@@ -46,23 +39,24 @@ def warn_if_stale(found: Calibration | None) -> None:
 def measure_here(
     given: Path | None, *, dtype: str | None = None, device: str = "auto", seconds: float | None = None
 ) -> Calibration:
-    """Calibrates this machine and keeps the result.
+    """Calibrates this machine and keeps the result; where the usual file cannot be written it says so.
 
     Raises:
-        click.BadParameter: there is no such device, or the file cannot be written.
+        click.BadParameter: there is no such device, or the file that was given cannot be written.
     """
+    reason = None if given is None else unwritable(given)
+    if reason is not None:
+        raise click.BadParameter(reason, param_hint="--calibration")
     import torch
 
     from tilewise.bench.calibrate import SECONDS, calibrate
-    from tilewise.cli.output import pick_device
 
-    path = path_of(given)
     where = pick_device(device)
     kind = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
     with progress("calibrating") as told:
         found = calibrate(where, kind, seconds=SECONDS if seconds is None else seconds, progress=told)
     try:
-        save(found, path)
-    except OSError as problem:
-        raise click.BadParameter(f"{str(path)!r}: {problem.strerror}", param_hint="--calibration") from problem
+        save(found, given or default_path())
+    except (OSError, RuntimeError) as problem:
+        click.echo(f"measured, but not kept for the next time: {problem}", err=True)
     return found

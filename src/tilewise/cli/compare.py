@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from tilewise.cli import FAILED, OK
-from tilewise.cli.output import DTYPES, PositiveIntegers, console, json_option, pick_device, print_json, progress
+from tilewise.cli.output import (
+    DTYPES,
+    HEAD_DIM,
+    SIZE,
+    OutputFile,
+    PositiveIntegers,
+    command_line,
+    console,
+    json_option,
+    pick_device,
+    print_json,
+    progress,
+)
 
 if TYPE_CHECKING:
     from tilewise.bench.comparison import Comparison
@@ -31,8 +42,8 @@ _WIDE = 112
 @click.option(
     "--lengths", type=PositiveIntegers(), default="512,1024,2048,4096", show_default=True, help="Sequence lengths."
 )
-@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--head-dim", type=click.IntRange(1, 512), default=64, show_default=True)
+@click.option("--heads", type=SIZE, default=8, show_default=True)
+@click.option("--head-dim", type=HEAD_DIM, default=64, show_default=True)
 @click.option(
     "--dtype",
     type=click.Choice(("auto", *DTYPES)),
@@ -45,7 +56,7 @@ _WIDE = 112
 @click.option("--causal", is_flag=True, help="Let each token see only itself and what comes before.")
 @click.option(
     "--report",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     default="tilewise-compare.html",
     show_default=True,
     help="Where the HTML report goes.",
@@ -67,8 +78,6 @@ def compare(
     Every result is checked against float64, then timed, then its memory is measured. Prints a table, writes one
     self-contained HTML report, and exits with 1 if an error exceeds its budget.
     """
-    if not report.absolute().parent.is_dir():
-        raise click.BadParameter(f"the folder of {str(report)!r} does not exist", param_hint="--report")
     text = _text(text_file)
 
     import torch
@@ -81,13 +90,12 @@ def compare(
     where = pick_device(device)
     kind = getattr(torch, dtype if dtype != "auto" else "bfloat16" if where.type == "cuda" else "float32")
     settings = Settings(text, lengths, heads, head_dim, kind, where, causal)
-    with progress("comparing") as told:
-        comparison = run_comparison(settings, told)
     try:
-        command = shlex.join(["tilewise", *click.get_current_context().obj])
-        write(comparison_page(comparison, command), report)
-    except OSError as problem:
-        raise click.BadParameter(f"{str(report)!r}: {problem.strerror}", param_hint="--report") from problem
+        with progress("comparing") as told:
+            comparison = run_comparison(settings, told)
+    except ValueError as problem:
+        raise click.UsageError(str(problem), click.get_current_context()) from problem
+    write(comparison_page(comparison, command_line()), report)
     if as_json:
         print_json(comparison.as_dict())
     else:

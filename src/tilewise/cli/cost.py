@@ -9,7 +9,18 @@ from typing import Any
 import click
 
 from tilewise.cli import FAILED, OK
-from tilewise.cli.output import DTYPES, PositiveIntegers, console, json_option, print_json, report_option, write_report
+from tilewise.cli.grids import print_grid, write_grids
+from tilewise.cli.output import (
+    DTYPES,
+    HEAD_DIM,
+    SIZE,
+    PositiveIntegers,
+    json_option,
+    only_with,
+    print_json,
+    report_option,
+)
+from tilewise.cli.problem import check_heads
 from tilewise.cost import (
     DEVICES,
     Estimate,
@@ -33,15 +44,20 @@ from tilewise.cost.tables import (
     model_times,
 )
 
+_LENGTH = click.IntRange(1, 2**26)
+"""Every tile row is walked, which takes a second or two at the most."""
+
 
 @click.command(short_help="FLOPs, bytes and memory of attention, and the tables that are quoted of it.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--kv-heads", type=click.IntRange(1), default=None, help="[default: as many as heads]")
-@click.option("--seq", type=click.IntRange(1), default=8192, show_default=True, help="Query rows.")
-@click.option("--keys", type=click.IntRange(1), default=None, help="Keys; as many as query rows unless given.")
-@click.option("--head-dim", type=click.IntRange(1, 512), default=128, show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--batch", type=SIZE, default=1, show_default=True)
+@click.option("--heads", type=SIZE, default=32, show_default=True)
+@click.option("--kv-heads", type=SIZE, default=None, help="[default: as many as heads]")
+@click.option("--seq", type=_LENGTH, default=8192, show_default=True, help="Query rows.")
+@click.option("--keys", type=_LENGTH, default=None, help="Keys; as many as query rows unless given.")
+@click.option("--head-dim", type=HEAD_DIM, default=128, show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="[default: bfloat16, or float16 on a device that has no other]"
+)
 @click.option("--causal", is_flag=True, help="Let each token see only itself and what comes before.")
 @click.option("--tables", is_flag=True, help="Every table that is quoted, computed beside the quotation.")
 @click.option(
@@ -54,7 +70,7 @@ from tilewise.cost.tables import (
     "--lengths", type=PositiveIntegers(), default="512,1024,2048,4096,8192", show_default=True, help="With --model."
 )
 @click.option("--checkpoint", is_flag=True, help="With --model: activation checkpointing, a layer at a time.")
-@click.option("--chunked-loss", type=click.IntRange(1), default=None, help="With --model: tokens of logits at once.")
+@click.option("--chunked-loss", type=SIZE, default=None, help="With --model: tokens of logits at once.")
 @report_option
 @json_option
 def cost(
@@ -64,7 +80,7 @@ def cost(
     seq: int,
     keys: int | None,
     head_dim: int,
-    dtype: str,
+    dtype: str | None,
     causal: bool,
     tables: bool,
     device: str | None,
@@ -79,21 +95,22 @@ def cost(
 
     With --tables the exit code is 1 if a figure differs from the quotation without a derivation that says why.
     """
-    if kv_heads is not None and heads % kv_heads:
-        raise click.BadParameter(f"{heads} heads are no multiple of {kv_heads}", param_hint="--kv-heads")
+    check_heads({"heads": heads, "kv_heads": kv_heads})
+    _check_mode(tables=tables, model=model, device=device)
+    where = DEVICES[device or "H100 SXM"]
+    dtype = dtype or where.usual_dtype
+    if dtype not in where.matmul and (device is not None or model is not None):
+        raise click.BadParameter(f"{where.name} has no matrix units for {dtype}", param_hint="--dtype")
     grids: list[Grid]
     value: Any
     code = OK
     if tables:
         claims = computed_claims()
-        grids = [*(_claim_grid(claim) for claim in claims), _measured_grid(), *_known_tables(batch)]
+        grids = [*(_claim_grid(claim) for claim in claims), _measured_grid(), *_known_tables()]
         value = {"computed": [_claim_json(claim) for claim in claims], "measured": [m._asdict() for m in MEASURED]}
         code = FAILED if any(not row.equal and not row.note for claim in claims for row in claim.rows) else OK
     elif model is not None:
         options = {"checkpoint": checkpoint, "chunked_loss": chunked_loss}
-        where = DEVICES[device or "H100 SXM"]
-        if dtype not in where.matmul:
-            raise click.BadParameter(f"{where.name} has no matrix units for {dtype}", param_hint="--dtype")
         grids = [
             model_memory(model, MODELS[model], batch, lengths, **options),
             model_times(model, MODELS[model], batch, lengths, where, dtype=dtype),
@@ -116,10 +133,7 @@ def cost(
         )
         grids = _estimate_grids(found)
         value = {**asdict(found), "forward": found.forward._asdict(), "backward": found.backward._asdict()}
-    if report is not None:
-        from tilewise.bench.report.grids import grids_page
-
-        write_report(lambda command: grids_page("cost", grids, command), report)
+    write_grids("cost", grids, report)
     if as_json:
         print_json(value)
     else:
@@ -128,26 +142,25 @@ def cost(
     return code
 
 
-def print_grid(grid: Grid) -> None:
-    """A table on the terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for index, column in enumerate(grid.columns):
-        table.add_column(column, overflow="fold", justify="left" if index in grid.text_columns else "right")
-    for row in grid.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    out = console()
-    out.print(Text(grid.title, style="bold"))
-    out.print(table)
-    out.print()
+def _check_mode(*, tables: bool, model: str | None, device: str | None) -> None:
+    """An option that the kind of answer asked for does not use is refused, so that nobody takes it for used."""
+    if tables:
+        only_with("with --tables", "tables", "report", "as_json")
+    elif model is not None:
+        useful = ("model", "batch", "lengths", "checkpoint", "chunked_loss", "device", "dtype")
+        only_with("with --model", *useful, "report", "as_json")
+    elif device is not None:
+        only_with("with --device but without --model", "device", "head_dim", "dtype", "report", "as_json")
+    else:
+        problem = ("batch", "heads", "kv_heads", "seq", "keys", "head_dim", "dtype", "causal")
+        only_with("without --model", *problem, "report", "as_json")
 
 
 def _claim_grid(claim: Claim) -> Grid:
     rows = tuple((row.what, row.quoted, row.computed, "=" if row.equal else "≠", row.note) for row in claim.rows)
     title = f"{claim.title}. {claim.note}" if claim.note else claim.title
-    return Grid(title, ("", "quoted", "computed", "", "why"), rows)
+    shown = 5 if any(row.note for row in claim.rows) else 4
+    return Grid(title, ("", "quoted", "computed", "", "why")[:shown], tuple(row[:shown] for row in rows))
 
 
 def _claim_json(claim: Claim) -> dict[str, Any]:
@@ -160,10 +173,10 @@ def _measured_grid() -> Grid:
     return Grid("Claims that only a measurement can test", ("claim", "quoted by others", "measures it here"), rows)
 
 
-def _known_tables(batch: int) -> list[Grid]:
+def _known_tables() -> list[Grid]:
     lengths = (512, 1024, 2048, 4096, 8192)
-    medium = model_memory("gpt2-medium", MODELS["gpt2-medium"], max(4, batch), lengths)
-    times = model_times("gpt2-medium", MODELS["gpt2-medium"], max(4, batch), lengths, DEVICES["A100 80GB"])
+    medium = model_memory("gpt2-medium", MODELS["gpt2-medium"], 4, lengths)
+    times = model_times("gpt2-medium", MODELS["gpt2-medium"], 4, lengths, DEVICES["A100 80GB"])
     return [mechanisms(), comparison(), caches(), kernels(), medium, times, hierarchy(DEVICES["A100 80GB"]), devices()]
 
 
@@ -209,7 +222,7 @@ def bank_grid(head_dim: int, dtype: str) -> Grid:
 def _estimate_grids(found: Estimate) -> list[Grid]:
     spec = found.spec
     work = Grid(
-        str(spec),
+        str(spec).removesuffix(f" {spec.device}"),
         ("", "products", "softmax", "all"),
         tuple(
             (name, *(f"{part / 1e9:,.2f} GFLOP" for part in (flops.matmul, flops.softmax, flops.total)))

@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -41,13 +42,15 @@ def examine() -> list[Finding]:
     """All findings, in the order in which one thing builds on another."""
     findings = [
         _probe("Python", _python),
+        _probe("NumPy", lambda: Finding("NumPy", GOOD, import_module("numpy").__version__)),
         _probe("PyTorch", _torch),
-        _probe("CUDA", _cuda),
-        _probe("driver", _driver),
-        _probe("GPU", _gpu),
-        _probe("NumPy", lambda: Finding("NumPy", GOOD, _version("numpy"))),
         _probe("Triton", _triton),
+        _probe("driver", _driver),
     ]
+    if not _imports("torch"):
+        told = "not examined: PyTorch cannot be imported, and everything else needs it"
+        return [*findings, Finding("backends", BROKEN, told, "mend the lines above, first the first")]
+    findings += [_probe("CUDA", _cuda), _probe("GPU", _gpu)]
     findings += [_probe(subject, check) for subject, check in troubles.found_here()]
     try:
         from tilewise.backends.base import BACKEND_NAMES
@@ -61,20 +64,26 @@ def examine() -> list[Finding]:
     return findings + [_probe(f"extra {name}", lambda name=name: _extra(name, extras[name])) for name in extras]
 
 
+def _imports(module: str) -> bool:
+    try:
+        import_module(module)
+    except Exception:  # noqa: BLE001 - why it does not is the finding of its own probe
+        return False
+    return True
+
+
 def _probe(subject: str, probe: Callable[[], Finding]) -> Finding:
     try:
         return probe()
     except Exception as problem:  # noqa: BLE001 - anything may be broken here, and is the finding
-        return Finding(subject, BROKEN, _one_line(problem), "reinstall it, or report this line")
+        missing = problem.name if isinstance(problem, ModuleNotFoundError) else None
+        fix = f"pip install {missing}" if missing else "reinstall it, or report this line"
+        return Finding(subject, BROKEN, _one_line(problem), fix)
 
 
 def _one_line(problem: Exception) -> str:
     first = str(problem).strip().splitlines()[:1]
     return f"{type(problem).__name__}: {first[0]}" if first else type(problem).__name__
-
-
-def _version(distribution: str) -> str:
-    return version(distribution)
 
 
 def _python() -> Finding:
@@ -89,7 +98,7 @@ def _torch() -> Finding:
     if numbers < OLDEST_TORCH:
         return Finding("PyTorch", BROKEN, found, f"install torch>={'.'.join(map(str, OLDEST_TORCH))}")
     capability = torch.backends.cpu.get_cpu_capability()
-    return Finding("PyTorch", GOOD, f"{found}, {torch.get_num_threads()} threads, CPU kernels for {capability}")
+    return Finding("PyTorch", GOOD, f"{found}, threads: {torch.get_num_threads()}, CPU kernels for {capability}")
 
 
 def _cuda() -> Finding:
@@ -127,7 +136,7 @@ def _gpu() -> Finding:
 
 def _triton() -> Finding:
     try:
-        found = _version("triton")
+        found = version("triton")
     except PackageNotFoundError:
         fix = "pip install triton" if platform.system() == "Linux" else "Triton exists for Linux only"
         return Finding("Triton", ABSENT, "not installed", fix)
@@ -160,6 +169,8 @@ def _extra(name: str, distributions: list[str]) -> Finding:
             missing.append(distribution)
     if missing:
         return Finding(f"extra {name}", ABSENT, f"lacks {', '.join(missing)}", f"pip install 'tilewise[{name}]'")
+    for distribution in distributions:
+        import_module(distribution.lower().replace("-", "_"))
     return Finding(f"extra {name}", GOOD, ", ".join(present))
 
 

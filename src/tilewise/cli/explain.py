@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tilewise.cli import FAILED, OK
-from tilewise.cli.output import DTYPES, console, json_option, pick_device, print_json
+from tilewise.cli.output import DTYPES, MOST, SIZE, console, json_option, pick_device, print_json
+from tilewise.cli.problem import check_heads
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,13 @@ class _Window(click.ParamType):
 
 
 @click.command(short_help="Which backend a problem gets, and why not each other one.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--kv-heads", type=click.IntRange(1), help="[default: as --heads]")
-@click.option("--seq", type=click.IntRange(0), default=4096, show_default=True, help="Query length N.")
-@click.option("--keys", type=click.IntRange(0), help="Key length M.  [default: as --seq]")
-@click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True, help="Of queries and keys, D.")
-@click.option("--v-head-dim", type=click.IntRange(1), help="Of values, Dv.  [default: as --head-dim]")
+@click.option("--batch", type=SIZE, default=1, show_default=True)
+@click.option("--heads", type=SIZE, default=8, show_default=True)
+@click.option("--kv-heads", type=SIZE, help="[default: as --heads]")
+@click.option("--seq", type=click.IntRange(0, MOST), default=4096, show_default=True, help="Query length N.")
+@click.option("--keys", type=click.IntRange(0, MOST), help="Key length M.  [default: as --seq]")
+@click.option("--head-dim", type=SIZE, default=64, show_default=True, help="Of queries and keys, D.")
+@click.option("--v-head-dim", type=SIZE, help="Of values, Dv.  [default: as --head-dim]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option("--causal", is_flag=True)
@@ -58,6 +59,7 @@ def explain(device: str, as_json: bool, **problem: Any) -> int:
 
     Nothing is computed. Exits with 1 if the backend asked for cannot do it.
     """
+    check_heads(problem)
     from tilewise.errors import UnsupportedError
 
     try:

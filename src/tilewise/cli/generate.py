@@ -50,7 +50,7 @@ def generate(
     if run.is_dir():
         path = run / FINAL if (run / FINAL).is_file() else (latest(run) or run / FINAL)
     try:
-        found = read(path, place)
+        found = read(path)
         if "model" not in found.described:
             raise click.UsageError(f"{path} holds no model of `tilewise train`", ctx)
         model = GPT(GPTConfig(**found.described["model"])).to(place)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from tilewise.cli import FAILED, OK
-from tilewise.cli.cost import print_grid
-from tilewise.cli.output import console, json_option, print_json, progress
+from tilewise.cli.grids import print_grid
+from tilewise.cli.output import OutputFile, console, json_option, print_json, progress
 from tilewise.cost.tables import Grid
 
 if TYPE_CHECKING:
@@ -20,13 +20,14 @@ PATH_FILE, GLOSSARY_FILE = "learning_path.md", "glossary.md"
 
 
 @click.group(invoke_without_command=True, short_help="The lessons: list, run, notebooks, one HTML book.")
+@json_option
 @click.pass_context
-def lab(context: click.Context) -> int:
+def lab(context: click.Context, as_json: bool) -> int:
     """Lessons on attention that run on this machine, from the online softmax to sparse patterns.
 
     Without a command, lists them.
     """
-    return context.invoke(list_lessons) if context.invoked_subcommand is None else OK
+    return context.invoke(list_lessons, as_json=as_json) if context.invoked_subcommand is None else OK
 
 
 @lab.command("list")
@@ -73,7 +74,7 @@ def run(numbers: tuple[str, ...], as_json: bool) -> int:
 @click.argument("numbers", nargs=-1)
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(),
     default="tilewise-lab.html",
     show_default=True,
     help="Where the book goes.",
@@ -81,8 +82,6 @@ def run(numbers: tuple[str, ...], as_json: bool) -> int:
 @json_option
 def book(numbers: tuple[str, ...], output: Path, as_json: bool) -> int:
     """Run lessons and write them, with all they print and draw, as one self-contained HTML file."""
-    if not output.absolute().parent.is_dir():
-        raise click.BadParameter(f"the folder of {str(output)!r} does not exist", param_hint="--output")
     missing = [name for name in ("markdown_it", "pygments") if find_spec(name) is None]
     if missing:
         raise click.UsageError(f"the book needs {', '.join(missing)}; install the extra: pip install 'tilewise[cli]'")
@@ -91,6 +90,7 @@ def book(numbers: tuple[str, ...], output: Path, as_json: bool) -> int:
     from tilewise.bench.environment import environment
     from tilewise.bench.lab import folder, run_lesson
     from tilewise.bench.report.book import book as book_of
+    from tilewise.bench.report.page import write_whole
 
     chosen = _chosen(numbers)
     runs: list[Run] = []
@@ -101,10 +101,7 @@ def book(numbers: tuple[str, ...], output: Path, as_json: bool) -> int:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = {name: str(value) for name, value in environment(where).items()}
     texts = [(folder() / name).read_text(encoding="utf-8") for name in (PATH_FILE, GLOSSARY_FILE)]
-    try:
-        output.write_text(book_of(runs, texts[0], texts[1], facts), encoding="utf-8")
-    except OSError as problem:
-        raise click.BadParameter(f"{str(output)!r}: {problem.strerror}", param_hint="--output") from problem
+    write_whole(book_of(runs, texts[0], texts[1], facts), output)
     failed = [done.lesson.number for done in runs if done.error]
     if as_json:
         print_json({"book": str(output), "lessons": [r.lesson.number for r in runs], "failed": failed})
@@ -130,14 +127,11 @@ def notebooks(numbers: tuple[str, ...], output: Path, as_json: bool) -> int:
     import jupytext  # pyright: ignore[reportMissingImports]
 
     written: list[str] = []
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for lesson in _chosen(numbers):
-            target = output / lesson.path.with_suffix(".ipynb").name
-            jupytext.write(jupytext.read(lesson.path, fmt="py:percent"), target)
-            written.append(str(target))
-    except OSError as problem:
-        raise click.BadParameter(f"{str(output)!r}: {problem.strerror}", param_hint="--output") from problem
+    output.mkdir(parents=True, exist_ok=True)
+    for lesson in _chosen(numbers):
+        target = output / lesson.path.with_suffix(".ipynb").name
+        jupytext.write(jupytext.read(lesson.path, fmt="py:percent"), target)
+        written.append(str(target))
     if as_json:
         print_json({"notebooks": written})
     else:

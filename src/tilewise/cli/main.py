@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -20,6 +23,7 @@ VERBS = {
     "predict": "Time and memory of each backend before it runs, from a short calibration.",
     "profile": "One call under the profiler: kernels, bytes and FLOPs against the roof.",
     "train": "Train a small GPT on real text, with any mechanism.",
+    "step": "One training step of GPT-2, ours beside Transformers: time and memory.",
     "generate": "Continue a text with a model of `tilewise train`.",
     "lab": "The lessons: list, run, notebooks, one HTML book.",
     "doctor": "What works here and what does not, with the reason and the fix.",
@@ -56,6 +60,8 @@ def cli() -> None:
 
 def dispatch(arguments: list[str]) -> int:
     """Runs one command line; returns its exit code. A verb finds the arguments in its context as `obj`."""
+    _prepare_streams()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler tells its own developers when it starts
     try:
         return cli.main(args=list(arguments), prog_name="tilewise", standalone_mode=False, obj=arguments) or OK
     except click.exceptions.NoArgsIsHelpError as error:
@@ -71,7 +77,34 @@ def dispatch(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("tilewise: interrupted", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`| head`) has left. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # that is a reader (`| head`) that has left
+            click.echo(f"tilewise: {error}", err=True)
+        # Python would complain once more when it flushes a broken stdout at exit.
+        with suppress(io.UnsupportedOperation):  # a caller from Python may have put something else there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if not _too_large(error):
+            raise
+        click.echo(f"tilewise: too large for this machine: {str(error).strip().splitlines()[0]}", err=True)
+        return BAD_USAGE
+
+
+def _prepare_streams() -> None:
+    """Stands in for streams that the caller closed, and lets none fail on a character that it cannot show."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stand_in = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+            setattr(sys, name, stand_in)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _too_large(error: Exception) -> bool:
+    """Whether sizes were asked for that no memory holds; PyTorch says so in RuntimeErrors of several wordings."""
+    said = str(error).lower()
+    return not isinstance(error, RuntimeError) or any(
+        words in said for words in ("allocate memory", "out of memory", "not enough memory", "overflow")
+    )

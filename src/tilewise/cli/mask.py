@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from tilewise.cli.output import json_option, print_json
+from tilewise.cli.output import MOST, SIZE, OutputFile, json_option, print_json, write_report
 from tilewise.masks.draw import Picture
 from tilewise.masks.expression import NAMES, parse
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>:root{{color-scheme:light dark}}body{{font-family:system-ui,sans-serif;margin:2rem;max-width:90rem}}
-svg{{max-width:100%;height:auto}}</style></head>
-<body><h1>{title}</h1>{svg}</body></html>
-"""
+if TYPE_CHECKING:
+    from tilewise.bench.report.page import Page
 
 
 @click.command(epilog=f"Names: {', '.join(NAMES)}.")
 @click.argument("expression", default="causal & (window(1024, 0) | global(0))")
-@click.option("--n", "n", type=click.IntRange(min=1), default=4096, show_default=True, help="Query rows.")
-@click.option("--m", "m", type=click.IntRange(min=1), default=None, help="Keys; as many as query rows unless given.")
-@click.option("--heads", type=click.IntRange(min=1), default=None, help="Query heads, for masks drawn per head.")
-@click.option("--offset", type=int, default=None, help="Position of query row 0 among the keys; m − n unless given.")
+@click.option("--n", "n", type=SIZE, default=4096, show_default=True, help="Query rows.")
+@click.option("--m", "m", type=SIZE, default=None, help="Keys; as many as query rows unless given.")
+@click.option("--heads", type=SIZE, default=None, help="Query heads, for masks drawn per head.")
+@click.option(
+    "--offset", type=click.IntRange(-MOST, MOST), help="Position of query row 0 among the keys; m − n unless given."
+)
+@click.option("--report", "--html", "report", type=OutputFile(), help="Also write a self-contained HTML page here.")
 @json_option
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page with the picture.")
 def mask(
-    expression: str, n: int, m: int | None, heads: int | None, offset: int | None, as_json: bool, html: Path | None
+    expression: str, n: int, m: int | None, heads: int | None, offset: int | None, as_json: bool, report: Path | None
 ) -> None:
     """Draw the mask EXPRESSION and print its sparsity, tiles and bytes.
 
@@ -39,15 +37,27 @@ def mask(
         parsed = parse(expression)
         picture = Picture.of(parsed, n, keys, offset=offset, heads=heads)
     except (ValueError, TypeError) as error:
-        raise click.UsageError(str(error)) from None
-    if html is not None:
-        html.write_text(_PAGE.format(title=escape(f"Mask {parsed}"), svg=picture.svg()), encoding="utf-8")
+        raise click.UsageError(str(error), click.get_current_context()) from None
+    write_report(lambda command: _page(picture, command), report)
     if as_json:
         print_json(_figures(picture))
         return
     click.echo(str(picture))
-    if html is not None:
-        click.echo(f"written to {html}")
+
+
+def _page(picture: Picture, command: str) -> Page:
+    from tilewise.bench.report.page import Chart, Page, Section
+
+    tiles = picture.map
+    return Page(
+        title="mask",
+        headline=f"{picture.saved:.0%} of the work saved by {picture.expression}",
+        summary=f"{tiles.n:,} queries × {tiles.m:,} keys, in tiles of 128×128; {picture.cell}.",
+        figures=(),
+        sections=[Section("Who sees whom", charts=(Chart("Tiles", picture.svg(420)),))],
+        environment={},
+        command=command,
+    )
 
 
 def _figures(picture: Picture) -> dict[str, object]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     import torch
@@ -18,16 +20,48 @@ if TYPE_CHECKING:
 
     from tilewise.bench.report.page import Page
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+MOST = 2**31 - 1
+SIZE = click.IntRange(1, MOST)
+"""A length, or a number of heads or sequences."""
+HEAD_DIM = click.IntRange(1, 512)
+
+
+class OutputFile(click.Path):
+    """A file to write. That its folder takes files is seen before any work begins, not when the result is there."""
+
+    def __init__(self, *, allow_dash: bool = False) -> None:
+        super().__init__(path_type=Path, dir_okay=False, allow_dash=allow_dash)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(str(super().convert(value, param, ctx)))
+        if self.allow_dash and str(path) == "-":
+            return path
+        reason = unwritable(path)
+        if reason is not None:
+            self.fail(reason, param, ctx)
+        return path
+
+
+def unwritable(path: Path) -> str | None:
+    """Why a file cannot be written there, or None."""
+    if path.is_dir():
+        return f"{str(path)!r} is a folder"
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"the folder of {str(path)!r} does not exist"
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as problem:
+        return f"the folder of {str(path)!r} takes no files: {problem.strerror}"
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 report_option = click.option(
-    "--report",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
-    help="Also write a self-contained HTML page here.",
+    "--report", type=OutputFile(), default=None, help="Also write a self-contained HTML page here."
 )
-
-DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -40,7 +74,8 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_json(value: object) -> None:
     """`value` as JSON on stdout. What JSON cannot say (NaN, infinities) becomes null."""
-    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
@@ -84,8 +119,9 @@ class PositiveIntegers(click.ParamType):
             numbers = sorted({int(part) for part in str(value).split(",")})
         except ValueError:
             self.fail(f"{value!r} is not a list of integers such as 512,1024", param, ctx)
-        if numbers[0] < 1:
-            self.fail(f"{value!r} holds {numbers[0]}; every entry must be at least 1", param, ctx)
+        for number in (numbers[0], numbers[-1]):
+            if not 1 <= number <= MOST:
+                self.fail(f"{value!r} holds {number}; every entry must be at least 1 and below 2³¹", param, ctx)
         return tuple(numbers)
 
 
@@ -104,17 +140,29 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def write_report(page_of: Callable[[str], Page], path: Path) -> None:
-    """Writes the page that `page_of(command)` makes, `command` being the line that runs this again.
+def command_line() -> str:
+    """The line that runs this again."""
+    return shlex.join(["tilewise", *(click.get_current_context().obj or ())])
 
-    Raises:
-        click.BadParameter: the folder is missing or not writable.
-    """
+
+def write_report(page_of: Callable[[str], Page], path: Path | None) -> None:
+    """Writes the page that `page_of(command)` makes, if there is a path for it; `command` runs this again."""
+    if path is None:
+        return
     from tilewise.bench.report.page import write
 
-    page = page_of(shlex.join(["tilewise", *(click.get_current_context().obj or ())]))
-    try:
-        write(page, path)
-    except OSError as problem:
-        raise click.BadParameter(f"{str(path)!r}: {problem.strerror}", param_hint="--report") from problem
+    write(page_of(command_line()), path)
     click.echo(f"report: {path}", err=True)
+
+
+def only_with(mode: str, *useful: str) -> None:
+    """Refuses options that were given and have no say here: `mode` is what else was asked for.
+
+    Raises:
+        click.UsageError: names the first such option.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name not in useful:
+            raise click.UsageError(f"{parameter.opts[0]} says nothing {mode}", context)

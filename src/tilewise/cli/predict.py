@@ -9,9 +9,9 @@ import click
 
 from tilewise.cli import FAILED, OK
 from tilewise.cli.calibrated import calibration_option, measure_here, read, warn_if_stale
-from tilewise.cli.cost import print_grid
-from tilewise.cli.output import console, json_option, print_json, report_option, write_report
-from tilewise.cli.problem import problem_options, spec_of
+from tilewise.cli.grids import print_grid, write_grids
+from tilewise.cli.output import console, json_option, print_json, report_option
+from tilewise.cli.problem import check_heads, problem_options, spec_of
 from tilewise.cost.calibration import Calibration
 from tilewise.cost.peak import BACKENDS
 from tilewise.cost.prediction import Fit, Prediction
@@ -46,10 +46,11 @@ def predict(
     The error is the calibration's own: the median over shapes that it was not fitted to. With --check the exit code is
     1 if that exceeds 25 % on a CPU or 15 % on a GPU.
     """
+    check_heads(problem)
     found = None if again else read(calibration)
     if found is None or (dtype is not None and dtype not in found.device.matmul):
         found = measure_here(calibration, dtype=dtype)
-    kind = dtype or next(iter(found.device.matmul))
+    kind = dtype or found.device.usual_dtype
     spec = spec_of(dtype=kind, device=found.device.arch, **problem)
     direction = "backward" if backward else "forward"
     fitted = tuple(dict.fromkeys(fit.backend for fit in found.fits)) or BACKENDS
@@ -58,10 +59,8 @@ def predict(
     grids = [_grid(title, predictions), _errors(found)]
     if check:
         grids += [_held_out(fit) for fit in found.fits]
-    if report is not None:
-        from tilewise.bench.report.grids import grids_page
-
-        write_report(lambda command: grids_page("predict", grids, command, headline=title), report)
+    summary = f"Times from a calibration of {found.device.name} on {found.date}; memory from sizes alone."
+    write_grids("predict", grids, report, headline=title, summary=summary)
     limit = MEDIAN_LIMIT.get(found.device.arch, GPU_MEDIAN_LIMIT)
     within = all(fit.median_error <= limit for fit in found.fits)
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,11 @@ import click
 
 from tilewise.cli import OK
 from tilewise.cli.calibrated import calibration_option, read
-from tilewise.cli.cost import print_grid
-from tilewise.cli.output import console, json_option, pick_device, print_json, report_option, write_report
-from tilewise.cli.problem import problem_options, spec_of
+from tilewise.cli.grids import print_grid, write_grids
+from tilewise.cli.output import OutputFile, command_line, console, json_option, pick_device, print_json, report_option
+from tilewise.cli.problem import check_heads, problem_options, spec_of
+from tilewise.cost.memory import qkvo_bytes
+from tilewise.cost.peak import peak_bytes
 from tilewise.cost.tables import Grid
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _SHOWN = 12
 @click.option("--backward", is_flag=True, help="Forward and backward together.")
 @click.option("--backend", default="auto", show_default=True, help="Which backend to run.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
-@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Also write a Chrome trace here.")
+@click.option("--trace", type=OutputFile(), help="Also write a Chrome trace here.")
 @calibration_option
 @report_option
 @json_option
@@ -47,9 +48,14 @@ def profile(
 
     The roof is this machine's if it was calibrated (`tilewise roofline --measure`), else measured now.
     """
+    if problem["window"] is not None:
+        raise click.BadParameter("profiles full and causal problems", param_hint="--window")
+    check_heads(problem)
     import torch
 
-    from tilewise.bench.calibrate import as_device, call_of, machine_rates
+    import tilewise
+    from tilewise.bench.calibrate import as_device, call_of, machine_rates, stand_ins
+    from tilewise.bench.memory import shortage
     from tilewise.bench.profile import profile_call
     from tilewise.errors import UnsupportedError
 
@@ -61,22 +67,19 @@ def profile(
     if roof is None or (roof.arch == "cpu") != (where.type == "cpu"):
         roof = as_device(machine_rates(where, torch_dtype), where, kind)
     spec = spec_of(dtype=kind, device=roof.arch, **problem)
-    if spec.windowed:
-        raise click.BadParameter("profiles full and causal problems", param_hint="--window")
+    direction = "backward" if backward else "forward"
     try:
-        call = call_of(spec, backend, "backward" if backward else "forward", where, torch_dtype)
-        program = shlex.join(["tilewise", *(click.get_current_context().obj or ())])
-        found = profile_call(call, spec, where, roof, trace=trace, program=program)
+        ran = tilewise.explain(*stand_ins(spec, where, torch_dtype), causal=spec.causal, backend=backend).backend
+        lacking = shortage(qkvo_bytes(spec) + peak_bytes(spec, ran, direction), where)
+        if lacking is not None:
+            raise click.UsageError(f"{spec} on {ran} {lacking}", click.get_current_context())
+        call = call_of(spec, backend, direction, where, torch_dtype)
+        found = profile_call(call, spec, where, roof, trace=trace, program=command_line())
     except (UnsupportedError, ValueError) as problem_found:
         raise click.UsageError(str(problem_found), click.get_current_context()) from problem_found
-    except OSError as problem_found:
-        raise click.BadParameter(f"{str(trace)!r}: {problem_found.strerror}", param_hint="--trace") from problem_found
-    title = f"{spec}: {'forward and backward' if backward else 'forward'}, backend {backend}, on {roof.name}"
-    if report is not None:
-        from tilewise.bench.report.grids import grids_page
-
-        grid = _grid(title, found, len(found.kernels))
-        write_report(lambda command: grids_page("profile", [grid], command, headline=title), report)
+    title = f"{spec}: {'forward and backward' if backward else 'forward'}, backend {ran}, on {roof.name}"
+    summary = "One call under PyTorch's profiler: times were measured, FLOPs and bytes are counted from shapes."
+    write_grids("profile", [_grid(title, found, len(found.kernels))], report, headline=title, summary=summary)
     if as_json:
         print_json({"spec": spec.as_dict(), "device": roof.name, **asdict(found)})
         return OK

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tilewise.bench.report.units import rate
 from tilewise.cli import OK
 from tilewise.cli.calibrated import calibration_option, read, warn_if_stale
-from tilewise.cli.cost import print_grid
+from tilewise.cli.grids import print_grid
 from tilewise.cli.output import DTYPES, console, json_option, print_json, report_option, write_report
 from tilewise.cost.calibration import Calibration, Dot
 from tilewise.cost.hardware import DEVICES, Device
@@ -29,7 +30,9 @@ HERE = "here"
     type=click.Choice((HERE, *DEVICES), case_sensitive=False),
     help="[default: here if it was calibrated, else H200]",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), default=None, help="[default: what was calibrated, else bfloat16]")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default=None, help="[default: what the device is measured in, else 16 bits]"
+)
 @click.option("--measure", is_flag=True, help="Measure this machine first (under a minute; imports PyTorch).")
 @calibration_option
 @report_option
@@ -51,15 +54,14 @@ def roofline(
     if found is None and device == HERE:
         raise click.UsageError("this machine was not measured yet; add --measure", click.get_current_context())
     where = DEVICES[device or "H200"] if found is None or device not in (None, HERE) else found.device
-    kind = dtype or ("bfloat16" if found is None else next(iter(found.device.matmul)))
+    kind = dtype or where.usual_dtype
     try:
         placements = placed(where, kind)
     except ValueError as problem:
         raise click.UsageError(str(problem), click.get_current_context()) from None
     measured = {dot.name: dot for dot in found.dots if dot.dtype == kind} if found else {}
     grid = _grid(where, kind, placements, measured)
-    if report is not None:
-        write_report(lambda command: _page(where, kind, placements, measured, grid, found, command), report)
+    write_report(lambda command: _page(where, kind, placements, measured, grid, found, command), report)
     if as_json:
         print_json(_json(where, kind, placements, measured))
         return OK
@@ -85,19 +87,15 @@ def _grid(device: Device, dtype: str, placements: dict[str, Placement], measured
     for name, p in placements.items():
         dot = measured.get(name)
         reached = (
-            ("–", "–") if dot is None else (_rate(dot.flops / dot.seconds), f"{100 * p.reached(dot.seconds):.0f} %")
+            ("–", "–") if dot is None else (rate(dot.flops / dot.seconds), f"{100 * p.reached(dot.seconds):.0f} %")
         )
-        rows.append((name, f"{p.step.intensity:,.2f}", p.bound, _rate(p.attainable), *reached))
+        rows.append((name, f"{p.step.intensity:,.2f}", p.bound, rate(p.attainable), *reached))
     specs = dot_specs(device.arch, dtype)
     title = (
-        f"{device.name}, {dtype}: {_rate(device.peak(dtype))}, {device.bandwidth / 1e9:,.0f} GB/s, balance "
+        f"{device.name}, {dtype}: {rate(device.peak(dtype))}, {device.bandwidth / 1e9:,.0f} GB/s, balance "
         f"{device.balance(dtype):.1f} FLOP/byte; square {specs['standard']}, decode {specs['decode']}"
     )
     return Grid(title, ("", "FLOP/byte", "bound", "attainable", "measured", "reached"), tuple(rows))
-
-
-def _rate(rate: float) -> str:
-    return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GFLOP/s"
 
 
 def _json(device: Device, dtype: str, placements: dict[str, Placement], measured: dict[str, Dot]) -> dict[str, object]:
@@ -134,10 +132,14 @@ def _page(
         if name == "standard: PV":  # the same place as QKᵀ for D = Dv
             continue
         dot = measured.get(name)
-        rate = None if dot is None else dot.flops / dot.seconds
+        reached = None if dot is None else dot.flops / dot.seconds
         points.append(
             Point(
-                name.removeprefix("standard: ").replace("QKᵀ", "QKᵀ, PV"), p.step.intensity, p.attainable, rate, style
+                name.removeprefix("standard: ").replace("QKᵀ", "QKᵀ, PV"),
+                p.step.intensity,
+                p.attainable,
+                reached,
+                style,
             )
         )
     chart = roofline_chart(f"Roofline of {device.name}", device.peak(dtype), device.bandwidth, points)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,13 @@ if TYPE_CHECKING:
     import torch
 
     from tilewise.models import GPT
-    from tilewise.train import Shards, Step
+    from tilewise.train import Processes, Shards, Step
+    from tilewise.train.shards import Batch
 
 RUN = "run.json"
 """The settings of a run, written before anything else, so that it can be resumed from its first moment on."""
+
+TOKENS = "tokens"
 
 _NOT_SETTINGS = ("out", "resume", "keep", "as_json")
 """Options that a resumed run may have anew."""
@@ -71,81 +76,130 @@ def train(ctx: click.Context, out: Path, resume: bool, keep: int, as_json: bool,
     """Train a small GPT on TEXT: files and folders; by default the library that came with Python.
 
     Writes the tokens, checkpoints, metrics.jsonl, metrics.svg and at the end model.safetensors into --out.
-    `tilewise generate` then continues a text.
+    `tilewise generate` then continues a text. On N GPUs: torchrun --nproc-per-node N -m tilewise.cli train …
     """
-    settings = _settings(ctx, out, resume, given)
-    device = pick_device(settings["device"])
+    import torch
 
+    from tilewise.errors import UnsupportedError
+    from tilewise.train import joined, latest
+    from tilewise.train.loop import DivergedError
+    from tilewise.train.processes import ElsewhereError
+
+    again = f"`tilewise train --out {out} --resume` goes on from"
+    try:
+        with joined() as processes, ExitStack() as held:
+            return _train(ctx, processes, held, out, resume, keep, as_json, given)
+    except ElsewhereError:
+        return FAILED
+    except (ValueError, TypeError, UnsupportedError) as problem:
+        raise click.UsageError(str(problem), ctx) from problem
+    except DivergedError as problem:
+        raise click.ClickException(str(problem)) from problem
+    except OSError as problem:
+        raise click.ClickException(f"{problem}. Once that is mended, {again} {latest(out) or 'the start'}") from problem
+    except torch.OutOfMemoryError as problem:
+        fix = "a smaller --batch with --accumulate, or --saving block"
+        raise click.ClickException(f"{str(problem).splitlines()[0]} Fix: {fix}") from problem
+    except KeyboardInterrupt:
+        click.echo(f"{again} {latest(out) or 'the start'}", err=True)
+        raise
+
+
+def _train(
+    ctx: click.Context,
+    processes: Processes,
+    held: ExitStack,
+    out: Path,
+    resume: bool,
+    keep: int,
+    as_json: bool,
+    given: dict[str, Any],
+) -> int:
+    """What each process does; `held` keeps others out of the folder."""
     from dataclasses import asdict
 
     import torch
 
-    from tilewise.errors import UnsupportedError
     from tilewise.models import GPT, GPTConfig
-    from tilewise.train import TrainConfig, Trainer, latest
-    from tilewise.train.loop import METRICS, DivergedError, read_metrics
+    from tilewise.train import Shards, TrainConfig, Trainer, latest
+    from tilewise.train.loop import METRICS, read_metrics
     from tilewise.train.plot import plot
+    from tilewise.train.shards import INDEX
 
-    dtype = settings["dtype"] if settings["dtype"] != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-    try:
-        shards = _tokens(settings, out)
-        sizes = ("length", "dim", "layers", "heads", "mechanism", "positions", "kv_heads", "window", "dropout")
-        config = GPTConfig(shards.tokenizer.vocab_size, **{name: settings[name] for name in sizes})
-        names = ("steps", "batch", "length", "accumulate", "lr", "warmup", "weight_decay", "clip", "seed", "documents")
-        plan = TrainConfig(
-            **{name: settings[name] for name in (*names, "checkpoint_every")},
-            autocast="bfloat16" if dtype == "bfloat16" else "none",
-        )
-        roof = _products(device, getattr(torch, dtype))
-        torch.manual_seed(settings["seed"])
-        model = GPT(config).to(device)
-        model.saving = settings["saving"]
-        described = {"model": asdict(config), "tokenizer": shards.tokenizer.save(), "text": shards.fingerprint}
+    with processes.together():
+        settings = _settings(ctx, out, resume, given, write=processes.first)
+        if processes.first:
+            held.enter_context(_claimed(out))
+    with _forgotten_if_mistaken(out / RUN, processes.first and not resume):
+        with processes.together():
+            device = processes.own(pick_device(settings["device"]))
+            if processes.first and not (resume and (out / TOKENS / INDEX).is_file()):
+                _prepare(settings, out / TOKENS)
+        with processes.together():
+            shards = Shards(out / TOKENS)
+            sizes = ("length", "dim", "layers", "heads", "mechanism", "positions", "kv_heads", "window", "dropout")
+            config = GPTConfig(shards.tokenizer.vocab_size, **{name: settings[name] for name in sizes})
+            dtype = settings["dtype"]
+            if dtype == "auto":
+                dtype = "bfloat16" if device.type == "cuda" else "float32"
+            numbers = ("steps", "batch", "length", "accumulate", "lr", "warmup", "weight_decay", "clip", "seed")
+            plan = TrainConfig(
+                **{name: settings[name] for name in (*numbers, "documents", "checkpoint_every")},
+                autocast="bfloat16" if dtype == "bfloat16" else "none",
+            )
+            torch.manual_seed(settings["seed"])
+            model = GPT(config).to(device)
+            model.saving = settings["saving"]
+            weights = sum(p.numel() for p in model.parameters())
+            processes.shard(model, model.blocks)
 
-        def batch_of(index: int) -> Any:
-            return shards.batch(plan.seed, index, plan.batch, plan.length, documents=plan.documents)
+            def batch_of(index: int) -> Batch:
+                return shards.batch(plan.seed, index, plan.batch, plan.length, documents=plan.documents)
 
-        batch_of(0)
-        flops = 6.0 * sum(p.numel() for p in model.parameters()) + 6.0 * config.layers * config.dim * plan.length
-        trainer = Trainer(model, batch_of, plan, out, described=described, keep=keep, flops_per_token=flops)
-        checkpoint = latest(out) if resume else None
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with _bar(plan.steps, trainer.step, roof, quiet=as_json) as show:
-            for step in trainer.run():
-                show(step)
-        loss = _held_out(model, shards, plan.length, trainer.autocast)
-    except (ValueError, TypeError, UnsupportedError) as problem:
-        raise click.UsageError(str(problem), ctx) from problem
-    except (DivergedError, OSError) as problem:
-        raise click.ClickException(str(problem)) from problem
-    steps = read_metrics(out / METRICS)
-    plot(steps, out / "metrics.svg", unigram=shards.unigram_entropy)
-    _report(out, steps, loss, shards, as_json)
+            ids, _, documents = batch_of(0)
+            model.check(ids, documents)
+            trainer = Trainer(
+                model,
+                batch_of,
+                plan,
+                out,
+                described={"model": asdict(config), "tokenizer": shards.tokenizer.save(), "text": shards.fingerprint},
+                keep=keep,
+                flops_per_token=6.0 * weights + 6.0 * config.layers * config.dim * plan.length,
+                processes=processes,
+            )
+            checkpoint = latest(out) if resume else None
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+            roof = processes.size * _products(device, getattr(torch, dtype))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with _bar(plan.steps, trainer.step, roof, quiet=as_json or not processes.first) as show:
+        for step in trainer.run():
+            show(step)
+    loss = _held_out(model, shards, plan.length, device, trainer.autocast)
+    if processes.first:
+        steps = read_metrics(out / METRICS)
+        plot(steps, out / "metrics.svg", unigram=shards.unigram_entropy)
+        _report(out, steps, loss, shards, as_json)
     return OK if math.isfinite(loss) else FAILED
 
 
-def _settings(ctx: click.Context, out: Path, resume: bool, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(ctx: click.Context, out: Path, resume: bool, given: dict[str, Any], *, write: bool) -> dict[str, Any]:
     """What the run is, from the command line or from the run that is resumed."""
     wanted = {name: value for name, value in given.items() if name not in _NOT_SETTINGS}
     wanted["text"] = [str(path.absolute()) for path in given["text"]]
     path = out / RUN
     if not resume:
-        if path.exists():
-            raise click.UsageError(f"--out: {out} already holds a run. --resume goes on with it; or another --out", ctx)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".part")
-            temporary.write_text(json.dumps(wanted, indent=2), encoding="utf-8")
-            temporary.replace(path)
-        except OSError as problem:
-            raise click.UsageError(f"--out: {out}: {problem.strerror}", ctx) from problem
+        if write:
+            _begin(ctx, path, wanted)
         return wanted
-    if not path.is_file():
-        raise click.UsageError(f"--resume: {out} holds no run", ctx)
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise click.UsageError(f"--resume: {out} holds no run", ctx) from None
+    except (OSError, ValueError) as problem:
+        raise click.UsageError(f"--resume: {path} cannot be read ({problem})", ctx) from problem
     for name, value in wanted.items():
         source = ctx.get_parameter_source(name)
         explicit = source is not None and source.name == "COMMANDLINE"
@@ -155,23 +209,59 @@ def _settings(ctx: click.Context, out: Path, resume: bool, given: dict[str, Any]
     return kept
 
 
-def _tokens(settings: dict[str, Any], out: Path) -> Shards:
-    """The run's tokens; made if they are not there, or not whole."""
-    from tilewise.train import Shards, prepare
+def _begin(ctx: click.Context, path: Path, settings: dict[str, Any]) -> None:
+    if path.exists():
+        fix = "--resume goes on with it; or another --out"
+        raise click.UsageError(f"--out: {path.parent} already holds a run. {fix}", ctx)
+    from tilewise.train import files
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, json.dumps(settings, indent=2))
+    except OSError as problem:
+        raise click.UsageError(f"--out: {problem.strerror or problem}", ctx) from problem
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Nobody else trains in the folder; the lock goes with the process, however that ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as taken:
+        raise click.UsageError(f"--out: another process is training in {folder}") from taken
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _forgotten_if_mistaken(run: Path, begun: bool) -> Iterator[None]:
+    """A run that could not begin as it was asked for leaves its folder free for the next attempt. What a disk does is
+    no mistake: that run can be resumed."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception:
+        if begun:
+            run.unlink(missing_ok=True)
+        raise
+
+
+def _prepare(settings: dict[str, Any], folder: Path) -> None:
+    """Make the run's tokens."""
+    from tilewise.train import prepare
     from tilewise.train.text import default_folder, documents, find
     from tilewise.train.tokenizers import BytePairs, Bytes
 
-    folder = out / "tokens"
-    if (folder / "index.json").is_file():
-        return Shards(folder)
     files = find(settings["text"] or [default_folder()])
 
     def texts() -> Iterator[str]:
         return documents(files, most=settings["characters"])
 
     pairs = settings["tokens"] == "bpe"
-    tokenizer = BytePairs.learn(texts(), settings["vocab_size"]) if pairs else Bytes()
-    return prepare(texts(), tokenizer, folder)
+    prepare(texts(), BytePairs.learn(texts(), settings["vocab_size"]) if pairs else Bytes(), folder)
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
@@ -189,13 +279,12 @@ def _products(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-def _held_out(model: GPT, shards: Shards, length: int, autocast: Callable[[], Any]) -> float:
-    """Mean loss on text that was never trained on."""
+def _held_out(model: GPT, shards: Shards, length: int, device: torch.device, autocast: Callable[[], Any]) -> float:
+    """Mean loss on text that was never trained on; every process computes all of it."""
     import torch
 
     model.eval()
     batch = shards.held_out(16, length)
-    device = model.wte.weight.device
     with torch.no_grad(), autocast():
         return float(model(batch.ids.to(device), batch.targets.to(device)))
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tilewise.cli.findings import ABSENT, BROKEN, GOOD, Finding
+from tilewise.cli.output import unwritable
+from tilewise.cost.calibration import Calibration, default_path, load
 
 NEEDS = {
     "hopper": "9.0 exactly (H100, H200)",
@@ -127,6 +129,21 @@ def memory(free: int | None, total: int, reserved: int, what: str) -> Finding:
     return Finding(subject, GOOD, told, "" if free > 0.5 * total else fix)
 
 
+def calibration(found: Calibration | None, path: Path, unkept: str | None) -> Finding:
+    """Was this machine measured, can the measurement be read, does it still hold, and can a new one be kept?"""
+    subject, again = "calibration", "tilewise roofline --measure"
+    if found is not None and found.stale():
+        return Finding(subject, ABSENT, f"measured under other versions: {found.stale()}", again)
+    if found is not None:
+        return Finding(subject, GOOD, f"measured {found.date}: {', '.join(found.device.matmul)}")
+    if path.exists():
+        return Finding(subject, ABSENT, f"{path} holds no calibration of this version", f"{again} replaces it")
+    if unkept is not None:
+        fix = f"make that folder writable, or name a file: {again} --calibration FILE"
+        return Finding(subject, ABSENT, f"not measured, and a measurement could not be kept: {unkept}", fix)
+    return Finding(subject, ABSENT, "not measured yet: roofline, predict and advise speak of an H200", again)
+
+
 def found_here() -> list[tuple[str, Callable[[], Finding]]]:
     """Every check with the facts of this machine; each may raise, and then that is its finding."""
     return [
@@ -138,6 +155,7 @@ def found_here() -> list[tuple[str, Callable[[], Finding]]]:
         ("accuracy", lambda: differences(_differences())),
         ("memory of the CPU", _cpu_memory),
         ("memory of the GPU", _gpu_memory),
+        ("calibration", _calibration),
     ]
 
 
@@ -222,14 +240,18 @@ def _differences() -> dict[str, float]:
 
 
 def _cpu_memory() -> Finding:
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = os.sysconf("SC_PHYS_PAGES") * page
-    told = Path("/proc/meminfo")
-    free = None
-    if told.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text(encoding="ascii"))
-        free = int(found[1]) * 1024 if found else None
-    return memory(free, total, 0, "the CPU")
+    import torch
+
+    from tilewise.bench.memory import free_bytes
+
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory(free_bytes(torch.device("cpu")), total, 0, "the CPU")
+
+
+def _calibration() -> Finding:
+    path = default_path()
+    nearest = next(folder for folder in path.parents if folder.exists())
+    return calibration(load(path), path, unwritable(nearest / path.name))
 
 
 def _gpu_memory() -> Finding:

@@ -195,6 +195,12 @@ def patterns_claim() -> Claim:
                 f"{counts[0]:.1f} and {counts[1]:.1f} keys a row at w = {w}",
             ),
             Row(
+                "itself and the keys 1, 2, 4, … before",
+                "O(N log N)",
+                "O(N log N)" if _doubling_keys(2**12) == 12 * 2**12 + 1 else "other",
+                "scores; as with a stride, the tiles that hold them are most of them",
+            ),
+            Row(
                 "strided by √N",
                 "O(N√N)",
                 "O(N√N)" if _strided_keys(2**12) == 2**12 * 2**6 else "other",
@@ -202,6 +208,11 @@ def patterns_claim() -> Claim:
             ),
         ),
     )
+
+
+def _doubling_keys(n: int) -> int:
+    """Visible pairs of n rows that see themselves and the keys 1, 2, 4, … before."""
+    return sum(1 + i.bit_length() for i in range(n))
 
 
 def _strided_keys(n: int) -> int:

@@ -52,6 +52,11 @@ class Device:
             raise errors.bad_value("dtype", repr(dtype), f"one of {', '.join(self.matmul)} on {self.name}")
         return self.matmul[dtype]
 
+    @property
+    def usual_dtype(self) -> str:
+        """What attention runs in here: bfloat16 where there are matrix units for it, else what is listed first."""
+        return "bfloat16" if "bfloat16" in self.matmul else next(iter(self.matmul))
+
     def balance(self, dtype: str = "float16") -> float:
         """FLOP/byte at which the matrix peak and the memory bandwidth take the same time."""
         return self.peak(dtype) / self.bandwidth

@@ -12,6 +12,9 @@ from tilewise.cost.model import GPT, least_step_seconds, training_memory
 from tilewise.cost.quoted import size
 from tilewise.spec import AttentionSpec
 
+SENTENCE = 24
+"""Characters from which a cell is one rather than a figure with its units."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -23,10 +26,10 @@ class Grid:
 
     @property
     def text_columns(self) -> frozenset[int]:
-        """The columns to align left: the first, and those with a cell of words ("–" is no word)."""
+        """The columns to align left: the first, and those with a cell of words ("–" is no word, a sentence is many)."""
 
         def words(cell: str) -> bool:
-            return bool(cell.strip("–")) and not any(map(str.isdigit, cell))
+            return bool(cell.strip("–")) and (len(cell) > SENTENCE or not any(map(str.isdigit, cell)))
 
         return frozenset({0, *(i for i in range(len(self.columns)) if any(words(row[i]) for row in self.rows))})
 

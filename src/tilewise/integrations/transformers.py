@@ -68,7 +68,7 @@ class Restriction:
     padding: Tensor | None = None
     """[B, M] booleans, True = a token."""
     documents: Tensor | None = None
-    """[B, N] integers, equal within a packed sequence; then N = M."""
+    """[B, N] integers from 0, equal within a packed sequence; then N = M."""
 
     ndim = 4
     """What Transformers asks of a mask that is finished, such as one made before the model is called, in `generate`."""
@@ -209,10 +209,11 @@ def _restricted(rows: Restriction, n: int, m: int) -> dict[str, Any]:
             "attention_mask", f"a mask for {got}", want, "layers whose caches differ need masks of their own"
         )
     allowed: Mask | Tensor | None = None
-    if rows.padding is not None:
-        allowed = rows.padding[:, None, None, :]
     if rows.documents is not None:
-        allowed = Documents(rows.documents)
+        keys = rows.documents if rows.padding is None else rows.documents.masked_fill(~rows.padding, -1)
+        allowed = Documents(rows.documents, keys)
+    elif rows.padding is not None:
+        allowed = rows.padding[:, None, None, :]
     windowed = rows.left is not None or rows.right is not None
     return {
         "mask": allowed,

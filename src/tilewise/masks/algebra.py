@@ -91,6 +91,10 @@ class Mask(ABC):
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process hashes strings and types to other numbers.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_hash_once", "_written_once")}
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
             return NotImplemented
@@ -113,6 +117,10 @@ class Mask(ABC):
 
     def __invert__(self) -> Mask:
         return self.mask if isinstance(self, Not) else Not(self)
+
+    def __bool__(self) -> bool:
+        # `a and b` would be b without a word.
+        raise bad_type("mask", "a mask as a truth value", "`&`, `|` and `~` where Python says and, or, not")
 
     def to_dense(self, n: int, m: int, *, offset: Any = None, heads: int | None = None) -> np.ndarray:
         """The boolean matrix [n, m], with leading [H] or [B, 1|H] only where the mask has heads or sequences.
@@ -255,6 +263,8 @@ class PerHead(Mask):
 def _gather(kind: type[Combination], left: Mask, right: Mask) -> Mask:
     """`left kind right` with nested operands of the same kind and repeated ones taken out."""
     if not isinstance(right, Mask):
+        if hasattr(right, "dtype"):
+            raise bad_type("mask", right, "a mask", "wrap a boolean tensor in `Dense`")
         return NotImplemented
     parts = [part for side in (left, right) for part in (side.masks if type(side) is kind else (side,))]
     distinct = tuple(dict.fromkeys(parts))

@@ -194,5 +194,12 @@ class Held:
             return hash(self._identity)
         return hash((self.shape, self._sample()))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An identity names an address and a version, which are not those of a copy: it is made anew.
+        values = self.current()
+        if "bool" in str(values.dtype):
+            return Held.booleans, (values, self.argument)
+        return Held.integers, (values, self.argument, (len(self.shape),))
+
     def __repr__(self) -> str:
         return f"<{self.argument} {list(self.shape)} on {self.device}>"

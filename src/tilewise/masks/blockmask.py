@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from tilewise.errors import bad_value
 from tilewise.masks.algebra import Mask
 from tilewise.masks.compiler import from_tiles
 from tilewise.masks.compiler import tile_map as compile_map
@@ -36,6 +37,8 @@ def to_block_mask(
         tiles = mask
     else:
         tiles = compile_map(mask, _size(n, "n"), _size(m, "m"), offset=offset, heads=heads)
+    if 0 in (tiles.n, tiles.m):
+        raise bad_value("n" if tiles.n == 0 else "m", 0, "at least 1: a BlockMask has no empty form")
     grid = tiles.grid()
     shape = (tiles.batch, tiles.heads, tiles.q_tiles, tiles.k_tiles)
 

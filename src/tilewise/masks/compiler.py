@@ -50,6 +50,8 @@ def settle(mask: Mask, n: int, m: int, offset: Any, heads: int | None) -> Frame:
     if not isinstance(mask, Mask):
         raise bad_type("mask", mask, "a mask", "wrap a boolean tensor in `masks.Dense`")
     for name, size in (("n", n), ("m", m)):
+        if not hasattr(size, "__index__"):
+            raise bad_type(name, size, "an int")
         if size < 0:
             raise bad_value(name, size, "at least 0")
     mask.check(n, m)

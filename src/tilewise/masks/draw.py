@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tilewise.errors import bad_value
 from tilewise.masks.algebra import Mask
 from tilewise.masks.compiler import settle, tile_map
 from tilewise.masks.coverage import TILE
@@ -54,6 +55,8 @@ class Picture:
     @classmethod
     def of(cls, mask: Mask, n: int, m: int, *, offset: Any = None, heads: int | None = None) -> Picture:
         """The picture of `mask`; see `Mask.show`."""
+        if 0 in (n, m):
+            raise bad_value("n" if n == 0 else "m", 0, "at least 1: there is nothing to draw")
         tiles = tile_map(mask, n, m, offset=offset, heads=heads)
         drawn = range(min(_PLANES, tiles.batch * tiles.heads))
         if max(n, m) <= _SMALL:

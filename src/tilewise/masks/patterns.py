@@ -210,7 +210,8 @@ class Tree(Pattern):
         if len(wrong):
             node = int(wrong[0])
             got = f"parents[{node}] = {values[node]}"
-            raise bad_value("parents", got, f"−1 for a root, or an earlier node (0…{node - 1})", "renumber depth-first")
+            want = f"−1 for a root, or an earlier node (0…{node - 1})" if node else "−1, since the first node is a root"
+            raise bad_value("parents", got, want, "renumber depth-first")
 
     def check(self, n: int, m: int) -> None:
         size = self.parents.shape[0]

@@ -131,6 +131,9 @@ MECHANISMS: dict[str, Mechanism] = {
     "rwkv6": Mechanism(
         lambda config: modules.RWKV6TimeMix(config.dim, config.heads), ("none", "learned"), documents=False
     ),
+    "delta": Mechanism(
+        lambda config: modules.GatedDeltaNet(config.dim, config.heads), ("none", "learned"), documents=False
+    ),
 }
 """What mixes the tokens, by name. MLA and retention rotate by themselves; gates and decays tell order by themselves."""
 
@@ -210,7 +213,7 @@ class GPT(nn.Module):
             ValueError, TypeError: bad input; more tokens than there are learned positions.
             UnsupportedError: documents with a mechanism that cannot keep them apart.
         """
-        self._check(ids, documents, start)
+        self.check(ids, documents, start)
         n = ids.shape[1]
         x = self.wte(ids)
         if self.wpe is not None:
@@ -235,7 +238,8 @@ class GPT(nn.Module):
             options["context_fn"] = partial(create_selective_checkpoint_contexts, [attention_op])
         return checkpoint(block, x, mask, cache, use_reentrant=False, **options)  # type: ignore[return-value]
 
-    def _check(self, ids: Any, documents: Any, start: int) -> None:
+    def check(self, ids: Any, documents: Any = None, start: int = 0) -> None:
+        """Raises what `forward` raises of its arguments; runs nothing."""
         checks.is_tensor("ids", ids)
         if ids.dtype != torch.int64 or ids.dim() != 2:
             raise bad_type("ids", f"{ids.dtype} of shape {list(ids.shape)}", "int64 [B, N]")

@@ -11,6 +11,7 @@ from tilewise.nn.convert import to_deepseek as to_deepseek
 from tilewise.nn.convert import to_gpt2 as to_gpt2
 from tilewise.nn.convert import to_llama as to_llama
 from tilewise.nn.convert import to_torch as to_torch
+from tilewise.nn.delta import GatedDeltaNet as GatedDeltaNet
 from tilewise.nn.features import FavorFeatures as FavorFeatures
 from tilewise.nn.latent import MultiHeadLatentAttention as MultiHeadLatentAttention
 from tilewise.nn.linear import GatedLinearAttention as GatedLinearAttention

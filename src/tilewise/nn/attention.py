@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tilewise.caches import Cache
-from tilewise.errors import bad_value
+from tilewise.errors import bad_type, bad_value
 from tilewise.masks import Mask
 from tilewise.nn.decoding import append, attend, check_cache, normalized, over_batch
 from tilewise.nn.rotary import RotaryEmbedding
@@ -23,6 +23,7 @@ from tilewise.nn.weights import check_weights, weights_of
 from tilewise.ops import checks
 from tilewise.ops.biases import Relative
 from tilewise.ops.dense import attention
+from tilewise.ops.dispatch import check_name
 from tilewise.spec import Window
 
 
@@ -142,14 +143,18 @@ class GroupedQueryAttention(nn.Module):
         given = [name for name, there in kinds.items() if there]
         if len(given) > 1:
             raise bad_value(given[1], f"set beside {given[0]}", "one way to tell positions", f"leave out {given[1]}")
+        if rotary is not None and not isinstance(rotary, RotaryEmbedding):
+            raise bad_type("rotary", rotary, "a RotaryEmbedding", f"RotaryEmbedding({head_dim})")
         if rotary is not None and rotary.dim > head_dim:
             raise bad_value("rotary", f"{rotary.dim} rotated columns", f"at most head_dim = {head_dim}")
         checks.finite("softcap", softcap, positive=True)
         checks.finite("scale", scale)
         checks.finite("qk_norm", qk_norm, positive=True)
         checks.window_pair(window)
-        for name, flag in (("causal", causal), ("alibi", alibi), ("sinks", sinks), ("bias", bias)):
+        flags = {"causal": causal, "alibi": alibi, "sinks": sinks, "bias": bias, "out_bias": out_bias or False}
+        for name, flag in flags.items():
             checks.flag(name, flag)
+        check_name(backend)
         for name, p in (("dropout", dropout), ("residual_dropout", residual_dropout)):
             checks.probability(name, p)
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads
@@ -264,7 +269,8 @@ class GroupedQueryAttention(nn.Module):
             "backend": self.backend,
         }
         if cache is not None:
-            if not append(q_heads, k_heads, v_heads, cache, counts, mask, **options):
+            whole = q_heads, k_heads, v_heads
+            if not append(*whole, cache, counts, mask, whole, **options):
                 return self._output(attend(q_heads, cache, counts, mask=mask, **options))
             mask = over_batch(mask)
         options["mask"] = mask
@@ -299,8 +305,9 @@ class GroupedQueryAttention(nn.Module):
         counts: Any,
         need_weights: bool,
     ) -> None:
-        for name, x, width in (("q", q, self.dim), ("k", k, self.k_dim), ("v", v, self.v_dim)):
-            tokens(name, x, width)
+        tokens("q", q, self.dim, self.q_proj)
+        tokens("k", k, self.k_dim, self.k_proj)
+        tokens("v", v, self.v_dim, self.v_proj)
         if k.shape[0] != q.shape[0] or v.shape[:2] != k.shape[:2]:
             got = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
             raise bad_value("v" if k.shape[0] == q.shape[0] else "k", got, "q [B, N, ·], k [B, M, ·], v [B, M, ·]")
@@ -318,7 +325,8 @@ class GroupedQueryAttention(nn.Module):
             if self.relative is not None:
                 fix = "rotary or alibi, or a full forward without a cache"
                 raise bad_value("cache", "a cache", "a module without a relative bias", fix)
-            check_cache(cache, q.shape[0], self.training and self.dropout > 0.0)
+            make = f"DenseCache(KV({self.kv_heads}, {self.head_dim}, {self.v_head_dim}), batch, capacity)"
+            check_cache(cache, q.shape[0], counts, self.training and self.dropout > 0.0, make)
         elif counts is not None:
             raise bad_value("counts", "a tensor without a cache", "None", "mask= hides padding")
         if need_weights:

@@ -12,14 +12,17 @@ from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.masks import Mask, Tree
 from tilewise.ops import checks
 from tilewise.ops.decode import attention_decode, explain_decode
+from tilewise.ops.dense import explain
 from tilewise.ops.views import KVView
 
 
-def check_cache(cache: Any, batch: int, dropping: bool) -> None:
-    """Raises TypeError or ValueError for a cache that cannot serve a module with a batch of this size."""
+def check_cache(cache: Any, batch: int, counts: Any, dropping: bool, make: str) -> None:
+    """Raises TypeError or ValueError for a cache that cannot serve a module with a batch of this size; `make` is how
+    one that can is made."""
     if not hasattr(cache, "append") or not hasattr(cache, "view"):
-        fix = "DenseCache(KV(kv_heads, head_dim), batch, capacity)"
-        raise bad_type("cache", cache, "a cache of tilewise.caches", fix)
+        raise bad_type("cache", cache, "a cache of keys and values of tilewise.caches", make)
+    if counts is not None and not isinstance(counts, Tensor):
+        raise bad_type("counts", counts, "an int32 tensor [B]", "torch.tensor(counts, dtype=torch.int32)")
     if cache.batch != batch:
         raise bad_value("cache", f"room for {cache.batch} sequences", f"q's batch {batch}")
     if dropping:
@@ -33,9 +36,12 @@ def append(
     cache: Cache,
     counts: Tensor | None,
     mask: Mask | Tensor | None,
+    whole: tuple[Tensor, Tensor, Tensor],
     **options: Any,
 ) -> bool:
     """Append k and v [B, Hkv, T, ·] for the queries q [B, H, T, D]; whether the cache was empty before.
+
+    `whole` are tensors of the shapes that `attention` would then get, and are only looked at.
 
     If so, the tokens at hand are all there is, and `attention` serves them, with gradients of nothing but the same
     result; if not, `attend` does. A captured or compiled step is replayed over a cache that has grown, so there nothing
@@ -51,7 +57,9 @@ def append(
         view = cache.view()
         fresh = _is_empty(cache, view, counts, causal=options["causal"])
         _check_mask(mask, q, counts, fresh)
-        if not fresh:
+        if fresh:
+            explain(*whole, mask=over_batch(mask), **options)
+        else:
             _check_ring(view, options["window"], q.shape[2])
         if not fresh and options["backend"] != "auto":
             explain_decode(q.new_empty(*q.shape[:3], view.head_dim), view, **options)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tilewise.errors import bad_value
 from tilewise.nn.attention import whole
 from tilewise.reference.features import favor_logs, random_projection
 
@@ -49,7 +50,9 @@ class FavorFeatures(nn.Module):
         self.projection.copy_(drawn)
 
     def log_features(self, x: Tensor) -> Tensor:
-        """Logs of the features of x [..., D]: [..., features], at least float32."""
+        """Logs of the features of x [..., D]: [..., features], at least float32. ValueError for another D."""
+        if x.shape[-1] != self.projection.shape[1]:
+            raise bad_value("x", f"head dim {x.shape[-1]}", f"{self.projection.shape[1]}, for which the map was made")
         return favor_logs(x, self.projection)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tilewise.caches import Cache
-from tilewise.errors import bad_value
+from tilewise.errors import bad_type, bad_value
 from tilewise.masks import Mask
 from tilewise.nn.decoding import append, attend, check_cache, normalized, over_batch
 from tilewise.nn.rotary import RotaryEmbedding
 from tilewise.nn.sizes import tokens, whole
 from tilewise.ops import checks
 from tilewise.ops.dense import attention
+from tilewise.ops.dispatch import check_name
 from tilewise.ops.rotary_scaling import YaRN
 from tilewise.spec import Window
 
@@ -82,11 +83,16 @@ class MultiHeadLatentAttention(nn.Module):
         if q_rank is not None:
             whole(q_rank=q_rank)
         rotary = RotaryEmbedding(rope_dim, interleaved=True) if rotary is None else rotary
+        if not isinstance(rotary, RotaryEmbedding):
+            raise bad_type("rotary", rotary, "a RotaryEmbedding", f"RotaryEmbedding({rope_dim}, interleaved=True)")
         if rotary.dim != rope_dim:
             raise bad_value("rotary", f"{rotary.dim} rotated columns", f"rope_dim = {rope_dim}")
         checks.finite("scale", scale)
         checks.window_pair(window)
+        checks.finite("eps", eps, positive=True)
         checks.flag("causal", causal)
+        checks.flag("bias", bias)
+        check_name(backend)
         for name, p in (("dropout", dropout), ("residual_dropout", residual_dropout)):
             checks.probability(name, p)
         self.dim, self.heads, self.q_rank, self.kv_rank = dim, heads, q_rank, kv_rank
@@ -139,9 +145,10 @@ class MultiHeadLatentAttention(nn.Module):
             ValueError, TypeError: bad input, before anything runs; a cache that is full.
             UnsupportedError: what the backend or the cache cannot do.
         """
-        tokens("q", q, self.dim)
+        tokens("q", q, self.dim, self.kv_a_proj)
         if cache is not None:
-            check_cache(cache, q.shape[0], self.training and self.dropout > 0.0)
+            make = f"DenseCache(Latent({self.kv_rank}, {self.rope_dim}), batch, capacity)"
+            check_cache(cache, q.shape[0], counts, self.training and self.dropout > 0.0, make)
         elif counts is not None:
             raise bad_value("counts", "a tensor without a cache", "None", "mask= hides padding")
         start = 0 if cache is None or positions is not None else cache.lengths
@@ -160,7 +167,11 @@ class MultiHeadLatentAttention(nn.Module):
         }
         if cache is not None:
             latents = torch.cat([c_kv.unsqueeze(1), k_pe], dim=-1)
-            if not append(queries, latents, None, cache, counts, mask, **options):
+            whole = queries, queries, queries.new_empty(*queries.shape[:3], self.v_dim)
+            if absorbed:
+                wide = queries.new_empty(*queries.shape[:3], latents.shape[3])
+                whole = wide, latents, latents[..., : self.kv_rank]
+            if not append(queries, latents, None, cache, counts, mask, whole, **options):
                 q_latent, v_up = self._absorb(q_nope, q_pe)
                 return self._output(attend(q_latent, cache, counts, mask=mask, **options) @ v_up)
             mask = over_batch(mask)

@@ -72,6 +72,10 @@ class LinearModule(nn.Module):
             raise bad_value("cache", got, "causal self-attention, whose past a state is")
         if cache.batch != q.shape[0]:
             raise bad_value("cache", f"room for {cache.batch} sequences", f"q's batch {q.shape[0]}")
+        tail, want = 0 if cache.tail is None else cache.tail.shape[1], self._cache_options().get("tail", 0)
+        if tail != want:
+            got = f"a tail of {tail} numbers"
+            raise bad_value("cache", got, f"one of {want} in {type(self).__name__}", "cache = module.make_cache(batch)")
         return k, v
 
     def _cut(self, x: Tensor, dim: int) -> Tensor:
@@ -95,11 +99,14 @@ class LinearModule(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, cache: RecurrentCache | None, tail: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """linear_attention [B, H, N, Dv], from and into the cache, with `tail` as the last token's input."""
+        """linear_attention [B, H, N, Dv], from and into the cache, with `tail` as the last tokens' inputs."""
         if cache is None:
             return linear_attention(q, k, v, causal=self.causal, backend=self.backend, **options)
+        before = cache.state
+        if torch.is_grad_enabled():  # a backward to come needs this state, and the cache overwrites its own
+            before = LinearState(*(None if x is None else x.clone() for x in before))  # type: ignore[arg-type]
         out, (s, z, shift) = linear_attention(
-            q, k, v, causal=True, backend=self.backend, state=cache.state, return_state=True, **options
+            q, k, v, causal=True, backend=self.backend, state=before, return_state=True, **options
         )
         kept = LinearState(s.detach(), None if z is None else z.detach(), shift)
         cache.update(kept, q.shape[2], None if tail is None else tail.detach())
@@ -140,7 +147,7 @@ class LinearAttention(LinearModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        head_dim = _per_head("head_dim", dim, heads) if head_dim is None else head_dim
+        head_dim = per_head("head_dim", dim, heads) if head_dim is None else head_dim
         super().__init__(dim, heads, head_dim, head_dim if v_head_dim is None else v_head_dim, backend)
         checks.flag("causal", causal)
         self.feature_map, self.causal = feature_map, causal
@@ -199,8 +206,8 @@ class LinearAttention(LinearModule):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-class _Gated(LinearModule):
-    """Retention and GLA: queries and keys without a feature map, an RMSNorm a head, and an output gate."""
+class GatedModule(LinearModule):
+    """What forgets: queries and keys without a feature map, a decay, an RMSNorm a head, and an output gate."""
 
     def __init__(
         self,
@@ -220,6 +227,7 @@ class _Gated(LinearModule):
         self.o_proj = nn.Linear(heads * v_head_dim, dim, bias=False, **make)
 
     def _decay(self, x: Tensor) -> Tensor:
+        """The log decay of tokens x [B, N, dim], as `linear_attention` takes it."""
         raise NotImplementedError
 
     def forward(
@@ -247,7 +255,8 @@ class _Gated(LinearModule):
         q, keys = self._cut(self.q_proj(q), self.head_dim), self._cut(self.k_proj(k), self.head_dim)
         v = self._cut(self.v_proj(v), self.v_head_dim)
         if self.rotary is not None:
-            start = 0 if cache is None or positions is not None else cache.lengths
+            # A copy: the rotation's backward needs it after the cache has moved on.
+            start = 0 if cache is None or positions is not None else cache.lengths.clone()
             q, keys = self.rotary(q, positions, offset=start), self.rotary(keys, positions, offset=start)
         if hidden is not None:
             keys = keys.masked_fill(hidden, 0.0)
@@ -255,7 +264,7 @@ class _Gated(LinearModule):
         return self.o_proj(self.norm(out.transpose(1, 2)).flatten(2) * gate)
 
 
-class Retention(_Gated):
+class Retention(GatedModule):
     """Multi-scale retention: every head forgets at a rate of its own, `1 − 2^{−5−h}` (Sun et al., RetNet, 2023).
 
     Args:
@@ -282,7 +291,7 @@ class Retention(_Gated):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        head_dim = _per_head("head_dim", dim, heads) if head_dim is None else head_dim
+        head_dim = per_head("head_dim", dim, heads) if head_dim is None else head_dim
         v_head_dim = 2 * head_dim if v_head_dim is None else v_head_dim
         super().__init__(dim, heads, head_dim, v_head_dim, backend, {"device": device, "dtype": dtype})
         self.rotary = RotaryEmbedding(head_dim) if rotary is None else rotary
@@ -293,7 +302,7 @@ class Retention(_Gated):
         return self.log_decay
 
 
-class GatedLinearAttention(_Gated):
+class GatedLinearAttention(GatedModule):
     """GLA: every key channel of every token has a gate, `σ(x W₁ W₂ + b)^{1/τ}` (Yang et al., 2023).
 
     Args:
@@ -321,8 +330,8 @@ class GatedLinearAttention(_Gated):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        head_dim = max(1, _per_head("head_dim", dim, heads) // 2) if head_dim is None else head_dim
-        v_head_dim = _per_head("v_head_dim", dim, heads) if v_head_dim is None else v_head_dim
+        head_dim = max(1, per_head("head_dim", dim, heads) // 2) if head_dim is None else head_dim
+        v_head_dim = per_head("v_head_dim", dim, heads) if v_head_dim is None else v_head_dim
         whole(gate_rank=gate_rank)
         checks.finite("temperature", temperature, positive=True)
         make: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -366,7 +375,7 @@ class RWKV6TimeMix(LinearModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        head_dim = _per_head("heads", dim, heads)
+        head_dim = per_head("heads", dim, heads)
         super().__init__(dim, heads, head_dim, head_dim, backend)
         whole(mix_rank=mix_rank, decay_rank=decay_rank)
         make: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -403,8 +412,11 @@ class RWKV6TimeMix(LinearModule):
             raise bad_value("k", "a tensor", "None: time mixing is a token's own past", "a multi-head module")
         self._inputs(q, k, v, cache, positions)
         hidden = self._padding(mask, q)
+        if hidden is not None:
+            q = q.masked_fill(hidden[:, 0], 0.0)
         before = q.new_zeros(q.shape[0], self.dim) if cache is None or cache.tail is None else cache.tail.to(q.dtype)
-        change = torch.cat((before[:, None], q[:, :-1]), 1) - q
+        inputs = torch.cat((before[:, None], q), 1)
+        change = inputs[:, :-1] - q
         down = torch.tanh(self.mix_down(q + change * self.mix[5])).unflatten(-1, (5, -1))
         mixes = torch.einsum("bnfr,frd->fbnd", down, self.mix_up) + self.mix[:5, None, None]
         r, key, value, gate, decay = (q + change * mix for mix in mixes)
@@ -415,12 +427,13 @@ class RWKV6TimeMix(LinearModule):
             heads[1] = heads[1].masked_fill(hidden, 0.0)
         options = {"feature_map": None, "decay": self._cut(-wide.exp(), self.head_dim), "bonus": self.bonus}
         r, key, value = heads
-        out = self._attend(r, key, value, cache, None if cache is None else q[:, -1], **options)
+        out = self._attend(r, key, value, cache, inputs[:, -1], **options)
         out = self.norm(out.transpose(1, 2).reshape(-1, self.dim)).view(q.shape)
         return self.o_proj(out * F.silu(self.gate_proj(gate)))
 
 
-def _per_head(name: str, dim: int, heads: int) -> int:
+def per_head(name: str, dim: int, heads: int) -> int:
+    """dim / H, or a ValueError that tells to give `name`."""
     whole(dim=dim, heads=heads)
     if dim % heads:
         raise bad_value("heads", heads, f"a divisor of dim = {dim}", f"give {name}" if name != "heads" else None)

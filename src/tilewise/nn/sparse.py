@@ -55,7 +55,13 @@ class SparseAttention(GroupedQueryAttention):
                 f"cache: {type(self).__name__} computes whole sequences. Fix: leave out the cache, or decode with "
                 "GroupedQueryAttention(window=...)"
             )
-        return super().forward(q, k, v, mask=_both(self.mask, mask), positions=positions, **options)
+        own = self._fitting(q if k is None else k)
+        return super().forward(q, k, v, mask=_both(own, mask), positions=positions, **options)
+
+    def _fitting(self, k: Tensor) -> Mask:
+        """The module's mask for keys k [B, M, ·]."""
+        del k
+        return self.mask
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask={self.mask}"
@@ -90,6 +96,12 @@ class BigBirdAttention(SparseAttention):
     ) -> None:
         mask = BigBird(block, window_blocks, global_blocks, random_blocks, seed)
         super().__init__(dim, heads, mask, kv_heads=kv_heads, **settings)
+        self._global_tokens = block * global_blocks
+
+    def _fitting(self, k: Tensor) -> Mask:
+        """Where there are no more keys than global tokens, all see all."""
+        short = isinstance(k, Tensor) and k.dim() == 3 and k.shape[1] < self._global_tokens
+        return Window(None, None) if short else self.mask
 
 
 class LongformerAttention(SparseAttention):
@@ -103,9 +115,9 @@ class LongformerAttention(SparseAttention):
         heads: H.
         window: tokens of the window, half on each side; even.
         global_tokens: their places.
-        settings: as of `SparseAttention`, without `causal`.
+        settings: as of `SparseAttention`, without `causal`, `alibi`, `relative` and `kv_heads`.
 
-    Raises ValueError or TypeError for an odd window or a place below 0.
+    Raises ValueError or TypeError for an odd window, a place below 0 or one of those settings.
     """
 
     def __init__(
@@ -122,6 +134,10 @@ class LongformerAttention(SparseAttention):
             raise bad_value("window", window, "an even number: half on each side")
         if settings.get("causal"):
             raise bad_value("causal", True, "False: global tokens see all", "SparseAttention(mask=...)")
+        for name in ("alibi", "relative", "kv_heads"):
+            if settings.get(name):
+                want = "none: rotary tells positions here, and every head has keys of its own"
+                raise bad_value(name, settings[name], want, "SparseAttention(mask=masks.Longformer(...))")
         places = tuple(sorted(set(global_tokens)))
         half = window // 2
         super().__init__(dim, heads, Longformer(window, places) if places else Window(half, half), **settings)
@@ -151,9 +167,11 @@ class LongformerAttention(SparseAttention):
 
         Raises ValueError for k, v or places beyond N, UnsupportedError for another mask or a cache.
         """
-        if k is not None or v is not None or options:
-            got = ", ".join(options) or "a tensor"
-            raise bad_value("k", got, "None: Longformer is self-attention", "SparseAttention takes k and v")
+        for name in options:
+            raise TypeError(f"{type(self).__name__}.forward() has no argument {name!r}; SparseAttention may have it")
+        if k is not None or v is not None:
+            name = "v" if k is None else "k"
+            raise bad_value(name, "a tensor", "None: Longformer is self-attention", "SparseAttention takes k and v")
         if isinstance(mask, Tensor):
             checks.boolean_mask(mask)
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1:3] != (1, 1)):
@@ -200,4 +218,6 @@ def _both(own: Mask, given: Mask | Tensor | None) -> Mask:
     if isinstance(given, Tensor):
         checks.boolean_mask(given)
         given = Dense(given)
+    if not isinstance(given, Mask):
+        raise bad_type("mask", given, "a boolean tensor, True = attend, or a mask value")
     return own & given

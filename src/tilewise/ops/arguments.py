@@ -92,7 +92,9 @@ class Arguments(NamedTuple):
         if tensors and (self.traced or (self.q.is_cuda and torch.cuda.is_current_stream_capturing())):
             # Tile maps are cached by the identity of such a tensor; a copy has one of its own.
             tensors = [tensor.clone() for tensor in tensors]
-        return Operands(*self[:11], mask_tensors=tuple(tensors))
+        # Kernels step through the small operands without strides: slices and expanded values are copied.
+        small = (x if x is None or x.is_contiguous() else x.contiguous() for x in self[4:11])
+        return Operands(*self[:4], *small, mask_tensors=tuple(tensors))
 
     def seeded(self) -> Arguments:
         """With the dropout seed drawn from PyTorch's generator, if there is dropout."""
@@ -234,7 +236,7 @@ def build(
         if alibi.requires_grad and torch.is_grad_enabled():
             fix = "alibi.detach(), or biases.Relative for a bias by distance that learns"
             raise bad_value("alibi", "a tensor that requires grad", "slopes that are constants", fix)
-        alibi = alibi.detach().to(torch.float32).reshape(-1, heads)
+        alibi = torch.atleast_2d(alibi.detach().to(torch.float32))
     if sink is not None:
         checks.per_head("sink", sink, q, heads)
     expression: str | None = None

@@ -167,6 +167,8 @@ def broadcasts(name: str, tensor: Tensor, q: Tensor, m: int) -> None:
         fix = None
         if tuple(tensor.shape) == (full[0], full[3]):
             fix = f"a key-padding {name} is {name}[:, None, None, :]"
+        elif tuple(tensor.shape) == (full[0], *full[2:]):
+            fix = f"a {name} for each sequence is {name}[:, None]"
         raise bad_value(name, f"shape {list(tensor.shape)}", want, fix)
     same_place(name, tensor, q)
 
@@ -183,7 +185,9 @@ def per_head(name: str, tensor: Any, q: Tensor, heads: int, batch: int | None = 
     same_place(name, tensor, q)
 
 
-def boolean_mask(mask: Tensor) -> None:
+def boolean_mask(mask: Any) -> None:
+    if not isinstance(mask, Tensor):
+        raise bad_type("mask", mask, "a boolean tensor, True = attend, or a mask value")
     if mask.dtype != torch.bool:
         fix = "mask = mask.bool() (True = attend)"
         if mask.is_floating_point():

@@ -19,9 +19,11 @@ from tilewise.backends.registry import REGISTRY
 from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.masks import Mask
 from tilewise.masks.patterns import Tree
+from tilewise.masks.tensors import pack
 from tilewise.ops import checks
 from tilewise.ops.arguments import _device_name, _unit_stride, autocast
 from tilewise.ops.dispatch import Plan, check_name, choose
+from tilewise.ops.library import one_by_one
 from tilewise.ops.views import KVView, Viewed
 from tilewise.spec import DecodeSpec, Window
 
@@ -176,6 +178,7 @@ def _decode(*args: Any) -> tuple[Tensor, Tensor]:
 _library.impl("attention_decode", _decode, "CompositeExplicitAutograd")
 torch.library.register_fake("tilewise::attention_decode", lambda *args: empty_decoded(args[0], args[12]))
 decode_op = torch.ops.tilewise.attention_decode.default
+torch.library.register_vmap("tilewise::attention_decode", one_by_one(decode_op))
 
 
 @overload
@@ -258,6 +261,9 @@ def attention_decode(
 
 def explain_decode(q: Tensor, kv: KVView | Viewed, **options: Unpack[DecodeOptions]) -> Plan[DecodeSpec]:
     """What `attention_decode` would do with these arguments, without doing it: see `explain`."""
+    for name in options:
+        if name not in DecodeOptions.__annotations__:
+            raise TypeError(f"explain_decode() has no argument {name!r}")
     given: dict[str, Any] = {"layout": "bhsd", **options}
     arguments = _arguments(q, kv, **given)
     plan, _ = route(arguments.signature(), arguments.backend)
@@ -320,7 +326,7 @@ def build(
         raise bad_value("num_splits", num_splits, "an int of at least 1, or None to choose")
     if alibi is not None:
         checks.per_head("alibi", alibi, q, q.shape[1], view.batch)
-        alibi = alibi.detach().to(torch.float32).reshape(-1, q.shape[1])
+        alibi = torch.atleast_2d(alibi.detach().to(torch.float32))
     if sink is not None:
         checks.per_head("sink", sink, q, q.shape[1])
         sink = sink.detach()
@@ -376,8 +382,10 @@ def _check_view(view: KVView, q: Tensor) -> None:
             raise bad_value(name, f"shape {list(pool.shape)}", f"k's {list(k.shape[:3])} before the last dim")
     if k.shape[3] != q.shape[3]:
         raise bad_value("q", f"head dim {q.shape[3]}", f"the cache's {k.shape[3]}")
-    if q.shape[1] % k.shape[1] != 0:
-        raise bad_value("q", f"{q.shape[1]} heads", f"a multiple of the cache's {k.shape[1]} heads")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        fits = k.shape[1] and q.shape[2] % k.shape[1] == 0
+        fix = "q.transpose(1, 2), or the other layout=" if fits else None
+        raise bad_value("q", f"{q.shape[1]} heads", f"a multiple of the cache's {k.shape[1]} heads", fix)
     if v is None and not 0 < view.v_dim <= k.shape[3]:
         raise bad_value("kv.v_dim", view.v_dim, f"1 to {k.shape[3]}, the columns of k that are values")
     batch = view.lengths.shape[0]
@@ -398,6 +406,21 @@ def _check_view(view: KVView, q: Tensor) -> None:
     for name, x in (("kv.k_scale", view.k_scale), ("kv.v_scale", view.v_scale)):
         if x is not None and (x.dtype != torch.float32 or x.shape != k.shape[:3]):
             raise bad_value(name, f"{x.dtype} of shape {list(x.shape)}", f"float32 {list(k.shape[:3])}")
+    if view.lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        _check_lengths(view)
+
+
+def _check_lengths(view: KVView) -> None:
+    """What only the values say; where they lie on a GPU, reading them would stall the stream."""
+    least, most = (int(x) for x in view.lengths.aminmax())
+    if least < 0:
+        raise bad_value("kv.lengths", view.lengths.tolist(), "numbers of tokens, at least 0")
+    if most > view.capacity and not view.ring:
+        raise bad_value("kv.lengths", view.lengths.tolist(), f"at most the {view.capacity} tokens that k has room for")
+    if 0 < view.max_length < most:
+        raise bad_value("kv.max_length", view.max_length, f"an upper bound of lengths, here at least {most}")
+    if view.start is not None and int(view.start.min()) < 0:
+        raise bad_value("kv.start", view.start.tolist(), "numbers of tokens, at least 0")
 
 
 def _tree(mask: Mask | Tensor, q: Tensor, batch: int, q_len: int, packed: bool) -> Tensor:
@@ -410,7 +433,9 @@ def _tree(mask: Mask | Tensor, q: Tensor, batch: int, q_len: int, packed: bool) 
         nodes = mask.parents.shape[0]
         if nodes > q_len:
             raise bad_value("mask", f"a tree of {nodes} nodes", f"at most T = {q_len} nodes")
-        return torch.from_numpy(mask.to_dense(q_len, q_len)).to(q.device)[None]
+        if torch.compiler.is_compiling():
+            return _paths(pack(mask)[1][0], q_len, q.device)
+        return _tree_matrix(mask, q_len, q.device)
     if isinstance(mask, Mask):
         raise UnsupportedError(
             f"mask: decoding takes masks.Tree or a boolean [T, T] tensor over the last T tokens, not {mask}. "
@@ -418,8 +443,29 @@ def _tree(mask: Mask | Tensor, q: Tensor, batch: int, q_len: int, packed: bool) 
         )
     if not isinstance(mask, Tensor):
         raise bad_type("mask", mask, "masks.Tree or a boolean tensor, True = attend")
-    checks.boolean_mask(mask)
+    if mask.dtype != torch.bool:
+        raise bad_type("mask", f"dtype {mask.dtype}", "masks.Tree or a boolean tensor, True = attend", "mask != 0")
     if tuple(mask.shape) not in ((q_len, q_len), (batch, q_len, q_len)):
         raise bad_value("mask", f"shape {list(mask.shape)}", f"[T, T] or [B, T, T] with T = {q_len}, B = {batch}")
     checks.same_place("mask", mask, q)
     return mask.reshape(-1, q_len, q_len)
+
+
+@lru_cache(maxsize=256)
+def _tree_matrix(mask: Tree, q_len: int, device: torch.device) -> Tensor:
+    """A tree's matrix, kept: a step that is captured, or must not wait, copies nothing from the host."""
+    with torch.inference_mode(False):
+        return _paths(pack(mask)[1][0], q_len, device)
+
+
+def _paths(parents: Tensor, q_len: int, device: torch.device) -> Tensor:
+    """[1, T, T] bool of a tree given by `parents` [nodes]: node t sees its ancestors, itself and what is before node 0;
+    rows before node 0 are causal. In operators that torch.compile traces."""
+    nodes = parents.shape[0]
+    node = torch.arange(nodes)
+    seen = (parents[:, None] == node) | (node[:, None] == node)
+    for _ in range((nodes - 1).bit_length()):  # each product doubles the length of the paths
+        seen = (seen.float() @ seen.float()) > 0.0
+    matrix = torch.ones(q_len, q_len, dtype=torch.bool).tril()
+    matrix[q_len - nodes :, q_len - nodes :] = seen
+    return matrix[None].to(device)

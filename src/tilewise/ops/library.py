@@ -7,7 +7,8 @@ it names. Dense and packed calls are one operator: packed tensors enter as a bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -82,7 +83,7 @@ def _in_order(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    return empty_output(Arguments(*args).operands())
+    return empty_output(Operands(*args[:3]))
 
 
 def _fake_backward(*all_args: Any) -> list[Tensor]:
@@ -149,15 +150,26 @@ def attend_plainly(
     return _in_order(out, q), lse.contiguous()
 
 
-def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """For calls of an operator inside its own `autograd.Function`.
+
+    Grad mode is off in there. The next level of `torch.func` transforms may want a gradient all the same, and without
+    it a second derivative would silently be zero.
+    """
+    with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+        yield
+
+
+def _attend_below(*args: Any) -> tuple[Tensor, Tensor]:
+    with below_autograd():
         return torch.ops.tilewise.attention.default(*args)
 
 
 class _Attention(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        run = _below_autograd if args[0].is_meta or _watched((*args[:11], *args[11])) else _forward
+        run = _attend_below if args[0].is_meta or _watched((*args[:11], *args[11])) else _forward
         out, lse = run(*args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(out, lse, *args[:11], *args[11])
@@ -186,19 +198,19 @@ class _Attention(_SingleLevelFunction):
 class _AttentionBackward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return tuple(torch.ops.tilewise.attention_backward.default(*args))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         raise RuntimeError(
             "double backward: tilewise attention has first derivatives only. Fix: drop create_graph=True, or use "
-            "tilewise.reference.standard, which autograd can differentiate any number of times"
+            "tilewise.reference.standard_attention, which autograd can differentiate any number of times"
         )
 
 
 def _autograd_forward(*args: Any) -> Any:
-    return _attend(args, _below_autograd)
+    return _attend(args, _attend_below)
 
 
 def _attend(args: tuple[Any, ...], run: Callable[..., Any]) -> Any:
@@ -209,18 +221,18 @@ def _attend(args: tuple[Any, ...], run: Callable[..., Any]) -> Any:
         args[position] is not None and args[position].requires_grad for position in _DIFFERENTIABLE
     )
     if differentiable:
-        return _apply(_Attention, args)
+        return apply_function(_Attention, args)
     return run(*args)
 
 
 def _autograd_backward(*args: Any) -> list[Tensor]:
     if torch.is_grad_enabled():
-        return list(_apply(_AttentionBackward, args))
+        return list(apply_function(_AttentionBackward, args))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.tilewise.attention_backward.default(*args)
 
 
-def _apply(function: Any, args: tuple[Any, ...]) -> Any:
+def apply_function(function: Any, args: tuple[Any, ...]) -> Any:
     """Under `torch.func`, this kernel runs once a level of transforms, so a function of one level is what is wanted."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*args)
@@ -237,7 +249,7 @@ def _refuse_tangents(args: tuple[Any, ...]) -> None:
             )
 
 
-def _one_by_one(op: Any) -> Any:
+def one_by_one(op: Any) -> Any:
     """A vmap rule for `op`: the op on each slice of the mapped dimension, and the results stacked."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -267,5 +279,5 @@ torch.library.register_fake("tilewise::attention_backward", _fake_backward, lib=
 
 attention_op = torch.ops.tilewise.attention.default
 attention_backward_op = torch.ops.tilewise.attention_backward.default
-torch.library.register_vmap("tilewise::attention", _one_by_one(attention_op), lib=_library)
-torch.library.register_vmap("tilewise::attention_backward", _one_by_one(attention_backward_op), lib=_library)
+torch.library.register_vmap("tilewise::attention", one_by_one(attention_op), lib=_library)
+torch.library.register_vmap("tilewise::attention_backward", one_by_one(attention_backward_op), lib=_library)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
-from tilewise.errors import UnsupportedError, bad_type, bad_value
-from tilewise.ops import checks
+from tilewise.errors import bad_type, bad_value
+from tilewise.ops import checks, linear_checks
 from tilewise.ops.arguments import autocast
 from tilewise.ops.dispatch import Plan, check_name
 from tilewise.ops.linear_library import LinearArguments, linear_op, linear_route
@@ -35,6 +34,7 @@ def linear_attention(
     normalize: bool | None = None,
     decay: Tensor | None = None,
     bonus: Tensor | None = None,
+    beta: Tensor | None = None,
     scale: float | None = None,
     state: LinearState | None = None,
     return_state: Literal[False] = False,
@@ -55,6 +55,7 @@ def linear_attention(
     normalize: bool | None = None,
     decay: Tensor | None = None,
     bonus: Tensor | None = None,
+    beta: Tensor | None = None,
     scale: float | None = None,
     state: LinearState | None = None,
     return_state: Literal[True],
@@ -74,6 +75,7 @@ def linear_attention(
     normalize: bool | None = None,
     decay: Tensor | None = None,
     bonus: Tensor | None = None,
+    beta: Tensor | None = None,
     scale: float | None = None,
     state: LinearState | None = None,
     return_state: bool = False,
@@ -91,16 +93,20 @@ def linear_attention(
         feature_map: φ: "elu" (elu(x) + 1), "relu", "taylor" (second order, for D ≤ 32), None or "identity" (what
             RetNet, GLA and RWKV use), or a callable from [..., D] to [..., K], such as a module. One that has a method
             `log_features(x)` (`tilewise.nn.FavorFeatures`) is positive and given in logs, and stabilised here.
-        normalize: divide by `Σ_j φ(q_i)·φ(k_j)` plus 1e-6; by default exactly when there is no decay.
+        normalize: divide by `Σ_j φ(q_i)·φ(k_j)` plus 1e-6; by default exactly when there is neither decay nor beta.
         decay: g, logs of the decay, at most 0: [H] (retention), [B, H, N] (scalar gates) or [B, H, N, K] (a gate a key
             channel, as in GLA and RWKV-6). Has a gradient. Below −60 it counts as −60.
         bonus: u [H, K] of RWKV-6, with a decay per channel: `o_i = q_i (S_{i−1} + diag(u) k_iᵀ v_i)`.
+        beta: β [B, H, N] of the delta rule, `S_i = e^{g_i}(I − β_i k_iᵀ k_i) S_{i−1} + β_i k_iᵀ v_i`: causal, not
+            normalised, with feature_map None or a callable, and a decay [H], [B, H, N] or none. Has a gradient. States
+            stay bounded for β|k|² in [0, 2]: give k of length 1 and β in [0, 1], or up to 2 where they may change sign.
         scale: a factor of all weights, 1 by default: `φ(q)·φ(k)` as it is. GLA and RetNet pass 1/√D.
         state: what a previous call returned: the tokens so far. Has gradients.
         return_state: also return the state after the last token.
         cu_seqlens: [sequences + 1] int32: q, k and v hold that many sequences one after another in N, with B = 1;
             states then have one row a sequence.
-        layout: "bhsd" as above, or "bshd" for q, k, v and out [B, N, H, D] and decay [B, N, H] or [B, N, H, K].
+        layout: "bhsd" as above, or "bshd" for q, k, v and out [B, N, H, D], decay [B, N, H] or [B, N, H, K] and beta
+            [B, N, H].
         backend: "auto", or one of "triton", "tiled", "standard", which then runs or raises.
 
     Returns:
@@ -112,11 +118,13 @@ def linear_attention(
 
     Parallel, chunked and recurrent computation agree; which one runs is the backend's choice. First derivatives only.
 
-    Sources: Katharopoulos et al. (2020); Yang et al., GLA (2023); Peng et al., RWKV-6 (2024).
+    Sources: Katharopoulos et al. (2020); Yang et al., GLA (2023); Peng et al., RWKV-6 (2024); Yang et al.,
+    Gated DeltaNet (2024).
     """
     call = _prepare(
-        q, k, v, causal, feature_map, normalize, decay, bonus, scale, state, return_state, cu_seqlens, layout, backend
-    )
+        q, k, v, causal, feature_map, normalize, decay, bonus, beta, scale, state, return_state, cu_seqlens, layout,
+        backend,
+    )  # fmt: skip
     out, _, s, z = linear_op(*call.arguments)
     if bonus is not None:
         dtype = accumulator_dtype(out.dtype)
@@ -136,8 +144,8 @@ def explain_linear(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **options: 
     Args and errors as for `linear_attention`.
     """
     given: dict[str, Any] = {
-        "feature_map": "elu", "normalize": None, "decay": None, "bonus": None, "scale": None, "state": None,
-        "return_state": False, "cu_seqlens": None, "layout": "bhsd", "backend": "auto",
+        "feature_map": "elu", "normalize": None, "decay": None, "bonus": None, "beta": None, "scale": None,
+        "state": None, "return_state": False, "cu_seqlens": None, "layout": "bhsd", "backend": "auto",
     }  # fmt: skip
     for name, value in options.items():
         if name not in given:
@@ -162,6 +170,7 @@ def _prepare(
     normalize: bool | None,
     decay: Tensor | None,
     bonus: Tensor | None,
+    beta: Tensor | None,
     scale: float | None,
     state: LinearState | None,
     return_state: bool,
@@ -179,32 +188,39 @@ def _prepare(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if isinstance(decay, Tensor) and decay.dim() in (3, 4):
             decay = decay.transpose(1, 2)
+        if isinstance(beta, Tensor) and beta.dim() == 3:
+            beta = beta.transpose(1, 2)
     checks.heads_and_lengths(q, k, v, layout)
     checks.flag("causal", causal)
     checks.flag("return_state", return_state)
     checks.finite("scale", scale)
     if normalize is not None:
         checks.flag("normalize", normalize)
-    _check_sizes(q, k, causal)
+    linear_checks.sizes(q, k, causal)
     if cu_seqlens is not None:
-        _check_packed(q, cu_seqlens, causal)
+        linear_checks.packed(q, cu_seqlens, causal)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    normalized = decay is None if normalize is None else normalize
+    normalized = decay is None and beta is None if normalize is None else normalize
+    if beta is not None:
+        linear_checks.beta(beta, decay, q, feature_map, normalized, causal)
     logs = getattr(feature_map, "log_features", None)
     shift = None
     if logs is None:
         name, q, k = _mapped(feature_map, q, k)
+        linear_checks.state(state, sequences, k, v, normalized)
     else:
         if decay is not None or not normalized:
             got = "a decay" if decay is not None else "normalize=False"
             raise bad_value("feature_map", f"a map given in logs with {got}", "one without decay, normalised")
         name = "identity"
-        dtype, log_q, log_k = q.dtype, logs(q), logs(k)
-        _check_state(state, sequences, log_k, v, normalized)
+        dtype = q.dtype
+        log_q, log_k = (linear_checks.features(name, logs(x), x) for name, x in (("q", q), ("k", k)))
+        linear_checks.same_features(log_q, log_k)
+        linear_checks.state(state, sequences, log_k, v, normalized)
         state = _common_shift(state, packed=cu_seqlens is not None)
         before = None if state is None else state.shift
         q = stabilised_queries(log_q).to(dtype)
-        if k.shape[2] == 0:
+        if k.shape[2] == 0 and not causal:
             raise bad_value("k", "0 keys", "at least one with a feature map given in logs")
         keys, decay, shift = stabilised_keys(log_k, causal, before)
         k = keys.to(dtype)
@@ -214,13 +230,13 @@ def _prepare(
             state = LinearState(state.s * lowered[..., None, None], z, shift)
         if cu_seqlens is not None:
             shift = shift.expand(sequences, -1)
-    _check_state(state, sequences, k, v, normalized)
     if decay is not None and logs is None:
-        decay = _checked_decay(decay, q, k, causal)
+        linear_checks.decay(decay, q, k, causal)
+        decay = decay[None, :, None].expand(q.shape[:3]) if decay.dim() == 1 else decay
     if bonus is not None:
-        _check_bonus(bonus, decay, k, normalized, causal)
+        linear_checks.bonus(bonus, decay, k, normalized, causal)
     arguments = LinearArguments(
-        q, k, v, decay,
+        q, k, v, decay, beta,
         None if state is None else state.s,
         None if state is None or not normalized else state.z,
         cu_seqlens, causal, name, bonus is not None, normalized, 1.0 if scale is None else float(scale), return_state,
@@ -247,72 +263,9 @@ def _mapped(feature_map: FeatureMap, q: Tensor, k: Tensor) -> tuple[str, Tensor,
         apply = feature_map
     else:
         raise bad_type("feature_map", feature_map, "a name, a callable or None")
-    phi_q, phi_k = apply(q), apply(k)
-    for name, x, features in (("q", q, phi_q), ("k", k, phi_k)):
-        if not isinstance(features, Tensor) or features.shape[:3] != x.shape[:3] or features.dim() != 4:
-            got = f"{list(features.shape)} for {name}" if isinstance(features, Tensor) else type(features).__name__
-            raise bad_value("feature_map", f"a map that gives {got}", f"features of shape {[*x.shape[:3], 'K']}")
+    phi_q, phi_k = (linear_checks.features(name, apply(x), x) for name, x in (("q", q), ("k", k)))
+    linear_checks.same_features(phi_q, phi_k)
     return "identity", phi_q.to(q.dtype), phi_k.to(q.dtype)
-
-
-def _check_sizes(q: Tensor, k: Tensor, causal: bool) -> None:
-    if k.shape[1] != q.shape[1]:
-        fix = "k = k.repeat_interleave(H // Hkv, dim=1), and v likewise"
-        raise bad_value("k", f"{k.shape[1]} heads", f"q's {q.shape[1]} heads: a state belongs to one head", fix)
-    if causal and k.shape[2] != q.shape[2]:
-        fix = "what came before the first query goes in state="
-        raise bad_value("k", f"length {k.shape[2]}", f"q's length {q.shape[2]} where causal", fix)
-
-
-def _check_packed(q: Tensor, cu_seqlens: Tensor, causal: bool) -> None:
-    if q.shape[0] != 1:
-        raise bad_value("cu_seqlens", f"tensors of batch {q.shape[0]}", "B = 1, all sequences one after another in N")
-    if not causal:
-        raise UnsupportedError("cu_seqlens: packed sequences are causal. Fix: causal=True, or one call a sequence")
-    checks.cu_seqlens("cu_seqlens_q", cu_seqlens, q, q.shape[2], q.shape[2])
-
-
-def _checked_decay(decay: Tensor, q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """The decay as [B, H, N] or [B, H, N, K]."""
-    checks.is_float("decay", decay)
-    checks.same_place("decay", decay, q)
-    if not causal:
-        raise bad_value("decay", "a decay without causal order", "causal=True: a decay counts from earlier to later")
-    batch, heads, n = q.shape[:3]
-    allowed = ((heads,), (batch, heads, n), (batch, heads, n, k.shape[3]))
-    if tuple(decay.shape) not in allowed:
-        want = f"[H] = [{heads}], [B, H, N] = {list(allowed[1])} or [B, H, N, K] = {list(allowed[2])}"
-        raise bad_value("decay", f"shape {list(decay.shape)}", want)
-    if decay.device.type == "cpu" and not torch.compiler.is_compiling() and decay.numel() and bool((decay > 0).any()):
-        raise bad_value("decay", "a value above 0", "logs of factors in [0, 1]", "decay = decay.log(), or logsigmoid")
-    return decay[None, :, None].expand(batch, heads, n) if decay.dim() == 1 else decay
-
-
-def _check_bonus(bonus: Tensor, decay: Tensor | None, k: Tensor, normalized: bool, causal: bool) -> None:
-    checks.is_float("bonus", bonus)
-    checks.same_place("bonus", bonus, k)
-    if decay is None or decay.dim() != 4 or normalized or not causal:
-        raise bad_value("bonus", "a bonus", "a causal, unnormalised call with a decay per key channel, as in RWKV-6")
-    if tuple(bonus.shape) != (k.shape[1], k.shape[3]):
-        raise bad_value("bonus", f"shape {list(bonus.shape)}", f"[H, K] = {[k.shape[1], k.shape[3]]}")
-
-
-def _check_state(state: Any, sequences: int, k: Tensor, v: Tensor, normalized: bool) -> None:
-    if state is None:
-        return
-    if not isinstance(state, LinearState):
-        raise bad_type("state", state, "the LinearState that an earlier call returned")
-    want = (sequences, k.shape[1], k.shape[3], v.shape[3])
-    if tuple(state.s.shape) != want:
-        raise bad_value("state", f"s of shape {list(state.s.shape)}", f"{list(want)}")
-    if normalized and state.z is None:
-        raise bad_value("state", "no z", "the z of a normalised call", "normalize=False, or a state of such a call")
-    for name, x in (("state.s", state.s), ("state.z", state.z)):
-        if x is not None:
-            checks.same_place(name, x, k)
-            if x.dtype != accumulator_dtype(k.dtype):
-                want_dtype = accumulator_dtype(k.dtype)
-                raise bad_type(name, f"dtype {x.dtype}", str(want_dtype), f"{name}.to({want_dtype})")
 
 
 def _common_shift(state: LinearState | None, packed: bool) -> LinearState | None:

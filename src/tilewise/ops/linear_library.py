@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
 
 from tilewise.backends.base import empty_ordered, ordered_strides
@@ -17,11 +19,12 @@ from tilewise.backends.linear import LinearBackend, LinearOperands
 from tilewise.backends.registry import REGISTRY
 from tilewise.ops.arguments import _device_name
 from tilewise.ops.dispatch import Plan, choose
+from tilewise.ops.library import apply_function, below_autograd, one_by_one
 from tilewise.reference.softmax import accumulator_dtype
 from tilewise.spec import LinearSpec
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? s, Tensor? z, Tensor? cu_seqlens, bool causal, "
+    "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor? s, Tensor? z, Tensor? cu_seqlens, bool causal, "
     "str feature_map, bool exclusive, bool normalize, float scale, bool return_state, str backend"
 )
 _library = Library("tilewise", "FRAGMENT")
@@ -31,8 +34,8 @@ _library.define(
     f"{_INPUTS}) -> Tensor[]"
 )
 
-_DIFFERENTIABLE = 6
-"""The first six arguments may want a gradient."""
+_DIFFERENTIABLE = 7
+"""The first seven arguments may want a gradient."""
 
 
 class LinearArguments(NamedTuple):
@@ -42,6 +45,7 @@ class LinearArguments(NamedTuple):
     k: Tensor
     v: Tensor
     decay: Tensor | None
+    beta: Tensor | None
     s: Tensor | None
     z: Tensor | None
     cu_seqlens: Tensor | None
@@ -54,7 +58,7 @@ class LinearArguments(NamedTuple):
     backend: str
 
     def operands(self) -> LinearOperands:
-        return LinearOperands(*self[:7])
+        return LinearOperands(*self[:8])
 
     def state_rows(self) -> Any:
         """Rows of a state: one a sequence."""
@@ -69,17 +73,18 @@ class LinearArguments(NamedTuple):
             self.q.dtype,
             self.q.device,
             0 if self.decay is None else self.decay.dim(),
+            self.beta is not None,
             self.s is not None,
             None if self.cu_seqlens is None else self.state_rows(),
-            *self[7:12],
+            *self[8:13],
         )
 
 
 @lru_cache(maxsize=4096)
 def linear_route(signature: tuple[Any, ...], backend: str) -> tuple[Plan[LinearSpec], LinearSpec, LinearBackend]:
     """The plan, its spec and the implementation for a call."""
-    shape, k_len, v_head_dim, dtype, device, decay_dim, state, sequences = signature[:8]
-    causal, feature_map, exclusive, normalize, scale = signature[8:]
+    shape, k_len, v_head_dim, dtype, device, decay_dim, delta, state, sequences = signature[:9]
+    causal, feature_map, exclusive, normalize, scale = signature[9:]
     spec = LinearSpec(
         batch=shape[0] if sequences is None else sequences,
         heads=shape[1],
@@ -93,6 +98,7 @@ def linear_route(signature: tuple[Any, ...], backend: str) -> tuple[Plan[LinearS
         feature_map=feature_map,
         decay={0: "none", 3: "token", 4: "channel"}[decay_dim],  # type: ignore[arg-type]
         exclusive=exclusive,
+        delta=delta,
         normalize=normalize,
         scale=scale,
         state=state,
@@ -154,22 +160,22 @@ def _fake_backward(*all_args: Any) -> list[Tensor]:
     return [empty_ordered(x, x.shape[-1]) if position < 3 else x.new_empty(x.shape) for position, x in wanted]
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             out, den, s, z = torch.ops.tilewise.linear_attention.default(*args)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(den)
-        ctx.save_for_backward(out, den, *args[:7])
-        ctx.options = args[7:]
+        ctx.save_for_backward(out, den, *args[:8])
+        ctx.options = args[8:]
         return out, den, s, z
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         dout, _, ds, dz = cotangents
         out, den, *tensors = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * (7 + len(ctx.options))
+        grads: list[Tensor | None] = [None] * (8 + len(ctx.options))
         if dout is None and ds is None and dz is None:
             return tuple(grads)
         needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
@@ -182,10 +188,10 @@ class _Linear(torch.autograd.Function):
         return tuple(grads)
 
 
-class _LinearBackward(torch.autograd.Function):
+class _LinearBackward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return tuple(torch.ops.tilewise.linear_attention_backward.default(*args))
 
     @staticmethod
@@ -196,22 +202,29 @@ class _LinearBackward(torch.autograd.Function):
         )
 
 
-def _wants_gradient(tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-
-
 def _autograd_forward(*args: Any) -> Any:
-    if _wants_gradient(args[:_DIFFERENTIABLE]):
-        return _Linear.apply(*args)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(args[:_DIFFERENTIABLE])
+    tensors = (x for x in args[:_DIFFERENTIABLE] if x is not None)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return apply_function(_Linear, args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.tilewise.linear_attention.default(*args)
 
 
 def _autograd_backward(*args: Any) -> Any:
-    if _wants_gradient(args):
-        return list(_LinearBackward.apply(*args))  # type: ignore[arg-type]
+    if torch.is_grad_enabled():
+        return list(apply_function(_LinearBackward, args))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.tilewise.linear_attention_backward.default(*args)
+
+
+def _refuse_tangents(tensors: Any) -> None:
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "forward-mode differentiation: tilewise linear attention has reverse mode only. Fix: torch.func.vjp or "
+            "backward(), or tilewise.reference.linear, which takes both modes"
+        )
 
 
 for _key in ("CPU", "CUDA"):
@@ -224,3 +237,5 @@ torch.library.register_fake("tilewise::linear_attention_backward", _fake_backwar
 
 linear_op = torch.ops.tilewise.linear_attention.default
 linear_backward_op = torch.ops.tilewise.linear_attention_backward.default
+torch.library.register_vmap("tilewise::linear_attention", one_by_one(linear_op), lib=_library)
+torch.library.register_vmap("tilewise::linear_attention_backward", one_by_one(linear_backward_op), lib=_library)

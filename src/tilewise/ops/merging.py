@@ -31,6 +31,8 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
         checks.is_float(name, tensor)
         if tensor.device != o1.device:
             raise bad_value(name, f"device {tensor.device}", f"o1's device {o1.device}")
+    if o1.dim() == 0:
+        raise bad_value("o1", "a single number", "shape [..., Dv]")
     if o2.shape != o1.shape:
         raise bad_value("o2", f"shape {list(o2.shape)}", f"o1's shape {list(o1.shape)}")
     for name, lse in (("lse1", lse1), ("lse2", lse2)):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
@@ -23,6 +22,7 @@ from tilewise.backends.rotary import Place, as_turns, packed_positions
 from tilewise.backends.triton import import_obstacle, made_current
 from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.ops import checks, rotary_scaling
+from tilewise.ops.library import apply_function, below_autograd
 from tilewise.ops.rotary_scaling import Scaling
 
 _ARGUMENTS = (
@@ -161,7 +161,7 @@ def _explicit(positions: Any, x: Tensor, batch: int, n: int, offset: int | Tenso
         want = f"[N] = [{n}] or [B, N] = [{batch}, {n}]"
         fix = "offset=positions for one integer a sequence" if tuple(positions.shape) == (batch,) else None
         raise bad_value("positions", f"shape {list(positions.shape)}", want, fix)
-    return positions.reshape(-1, n)
+    return torch.atleast_2d(positions)
 
 
 def _check_offset(offset: Any, x: Tensor, sequences: int) -> Tensor | None:
@@ -215,7 +215,7 @@ class _Rotary(_SingleLevelFunction):
     def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.arguments = args[1:]
         ctx.back = (*args[1:_INVERSE], not args[_INVERSE])
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return torch.ops.tilewise.rotary.default(*args)
 
     @staticmethod
@@ -230,19 +230,11 @@ class _Rotary(_SingleLevelFunction):
         return torch.ops.tilewise.rotary.default(tangent, *ctx.arguments)
 
 
-def _apply(function: Any, args: tuple[Any, ...]) -> Tensor:
-    """Under `torch.func`, this kernel runs once a level of transforms, so a function of one level is what is wanted."""
-    if not torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    with enable_single_level_autograd_function():
-        return function.apply(*args)
-
-
 def _autograd(*args: Any) -> Tensor:
     x = args[0]
     forward_mode = forward_ad._current_level >= 0
     if forward_mode or (x.requires_grad and torch.is_grad_enabled()):
-        return _apply(_Rotary, args)
+        return apply_function(_Rotary, args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.tilewise.rotary.default(*args)
 

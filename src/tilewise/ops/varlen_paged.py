@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewise.errors import UnsupportedError, bad_value
+from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.masks import Mask
 from tilewise.ops import checks
 from tilewise.ops.arguments import Options, autocast
@@ -19,8 +19,8 @@ from tilewise.ops.decode import build, decode_op
 from tilewise.ops.views import KVView
 from tilewise.spec import Window
 
-ANYWHERE = {"softcap", "sink", "alibi", "scale", "backend"}
-"""Options of `attention_varlen` that decoding has too."""
+ANYWHERE = {"softcap", "sink", "alibi", "scale", "backend", "deterministic"}
+"""Options of `attention_varlen` that decoding has too. It adds in a fixed order, so it is deterministic always."""
 
 
 def attention_varlen_paged(
@@ -44,7 +44,7 @@ def attention_varlen_paged(
     """out [T, H, Dv] and lse [H, T]; `attention_varlen` documents the arguments."""
     beyond: dict[str, Any] = {name: value for name, value in options.items() if name not in ANYWHERE}
     for name, value in {"mask": mask, **beyond}.items():
-        if isinstance(value, Tensor) or value not in (None, False, 0.0):
+        if value is not None and (name != "dropout" or value != 0.0):
             raise UnsupportedError(
                 f"{name}: attention over a cache (page_table, seqused_k, leftpad_k, num_splits) has none. "
                 "Fix: attention_varlen over all keys of packed tensors"
@@ -56,8 +56,10 @@ def attention_varlen_paged(
     checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[0], max_seqlen_q)
     batch = cu_seqlens_q.shape[0] - 1
     for name, x in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
-        if x is not None and (x.dtype != torch.int32 or tuple(x.shape) != (batch,)):
-            raise bad_value(name, f"{x.dtype} of shape {list(x.shape)}", f"int32 of shape [B] = [{batch}]")
+        if x is not None:
+            _integers(name, x, (batch,), q)
+    if isinstance(max_seqlen_k, bool) or not isinstance(max_seqlen_k, int | torch.SymInt):
+        raise bad_type("max_seqlen_k", max_seqlen_k, "an int", "int(max_seqlen_k)")
     if page_table is None:
         view = _rows_as_pages(q, k, v, cu_seqlens_k, max_seqlen_k, seqused_k, leftpad_k)
     else:
@@ -66,6 +68,11 @@ def attention_varlen_paged(
         if k.dim() != 4 or v.dim() != 4:
             got = f"shapes {list(k.shape)} and {list(v.shape)}"
             raise bad_value("k", got, "with page_table, pools [pages, Hkv, page_size, dim]", "pool.transpose(1, 2)")
+        if cu_seqlens_k is not None:
+            raise bad_value("cu_seqlens_k", "a tensor", "None with page_table: seqused_k gives the lengths")
+        _integers("page_table", page_table, (batch, None), q)
+        _within("seqused_k", seqused_k, page_table.shape[1] * k.shape[2], "tokens that its pages hold")
+        _within("seqused_k", seqused_k, max_seqlen_k, "tokens of max_seqlen_k")
         view = KVView(k, v, seqused_k, page_table, start=leftpad_k, max_length=max_seqlen_k)
     arguments = build(
         q.transpose(0, 1).unsqueeze(0),
@@ -85,6 +92,31 @@ def attention_varlen_paged(
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0)
 
 
+def _integers(name: str, x: Any, shape: tuple[int | None, ...], q: Tensor) -> None:
+    """Raises TypeError or ValueError unless x is an int32 tensor of this shape (None: any size) on q's device; on a CPU
+    also for negative numbers, except in a page table, where they stand for no page."""
+    checks.is_tensor(name, x)
+    fits = x.dim() == len(shape) and all(want in (None, have) for have, want in zip(x.shape, shape, strict=True))
+    if x.dtype != torch.int32 or not fits:
+        want = "int32 of shape [B, max_pages]" if None in shape else "int32 of shape [B]"
+        fix = f"{name}.to(torch.int32)" if fits else None
+        raise bad_value(name, f"{x.dtype} of shape {list(x.shape)}", f"{want} with B = {shape[0]}", fix)
+    checks.same_place(name, x, q)
+    if None not in shape and _readable(x) and int(x.min()) < 0:
+        raise bad_value(name, x.tolist(), "numbers of tokens, at least 0")
+
+
+def _within(name: str, x: Tensor, most: int | Tensor, what: str) -> None:
+    """Raises ValueError where a number is larger than `most`; a tensor on a GPU is not read."""
+    if _readable(x) and bool((x > most).any()):
+        limit = most.tolist() if isinstance(most, Tensor) else most
+        raise bad_value(name, x.tolist(), f"at most the {limit} {what}")
+
+
+def _readable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _rows_as_pages(
     q: Tensor,
     k: Tensor,
@@ -102,6 +134,7 @@ def _rows_as_pages(
     token = torch.arange(max(max_seqlen_k, 1), dtype=torch.int32, device=k.device)
     table = (cu_seqlens_k[:-1, None] + token).contiguous()
     if seqused_k is not None:
+        _within("seqused_k", seqused_k, lengths, "keys of each sequence")
         lengths = torch.minimum(lengths, seqused_k)
     pools = k.unsqueeze(2), v.unsqueeze(2)
     return KVView(*pools, lengths.contiguous(), table, start=leftpad_k, max_length=max_seqlen_k)

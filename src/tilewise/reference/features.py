@@ -98,6 +98,8 @@ def stabilised_keys(logs: Tensor, causal: bool, shift: Tensor | None) -> tuple[T
     if not causal:
         last = largest.amax(-1) if shift is None else torch.maximum(largest.amax(-1), shift)
         return (logs - last[..., None, None]).exp(), None, last
-    first = largest[..., 0] if shift is None else shift
+    first = shift
+    if first is None:
+        first = largest[..., 0] if largest.shape[-1] else largest.new_full(largest.shape[:-1], -math.inf)
     running = torch.cummax(torch.cat((first[..., None], largest), -1), -1).values
     return (logs - running[..., 1:, None]).exp(), running[..., :-1] - running[..., 1:], running[..., -1]

@@ -9,7 +9,7 @@ sums from a later to an earlier token, so at most 0 for log decays of at most 0:
 
 Sources: Katharopoulos et al., "Transformers are RNNs" (2020); Sun et al., "Retentive Network" (2023); Yang et al.,
 "Gated Linear Attention Transformers with Hardware-Efficient Training" (2023), whose two-level chunks this follows;
-Peng et al., "Eagle and Finch" (2024) for RWKV-6.
+Peng et al., "Eagle and Finch" (2024) for RWKV-6. The delta rule, which is this over other values, is in `delta.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tilewise.reference.delta import chunk_states, new_values
 from tilewise.reference.softmax import NEG_INF, accumulator_dtype
 
 EPSILON = 1e-6
@@ -70,6 +71,7 @@ def parallel(
     causal: bool,
     decay: Tensor | None = None,
     bonus: Tensor | None = None,
+    beta: Tensor | None = None,
     exclusive: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
@@ -84,13 +86,17 @@ def parallel(
         causal: token i sees tokens j ≤ i.
         decay: logs of the decay, [B, H, N] or, per key channel, [B, H, N, K]; causal only.
         bonus: u [H, K] of RWKV-6: token i sees j < i through S_{i−1}, and itself with weight `Σ_d q_d u_d k_d`.
-        exclusive: the same without the bonus.
+        beta: [B, H, N] of the delta rule: causal, unnormalised, with a decay per token and head or none.
+        exclusive: what `bonus` says without the bonus.
         normalize: divide by `Σ_j` of the weights, plus EPSILON.
         scale: of all weights.
         state: what came before the first token.
     """
     exclusive = exclusive or bonus is not None
     terms = _prepare(q, k, v, decay, exclusive, scale, state)
+    if beta is not None:
+        fresh, known = new_values(terms.k, terms.v, beta.to(terms.k.dtype), terms.to_key)
+        terms = terms._replace(v=fresh - known @ terms.s)
     weights = _weights(terms, causal, exclusive)
     out = weights @ terms.v
     seen = _decayed(terms.q, terms.to_query)
@@ -111,6 +117,7 @@ def recurrent(
     *,
     decay: Tensor | None = None,
     bonus: Tensor | None = None,
+    beta: Tensor | None = None,
     normalize: bool = False,
     scale: float = 1.0,
     state: LinearState | None = None,
@@ -121,11 +128,13 @@ def recurrent(
     rows, dens = [], []
     for i in range(q.shape[2]):
         q_i, k_i, v_i = terms.q[:, :, i], terms.k[:, :, i], terms.v[:, :, i]
-        update = k_i[..., :, None] * v_i[..., None, :]
         before = s
         if decay is not None:
-            kept = decay[:, :, i].to(s.dtype).clamp(min=LEAST_LOG_DECAY).exp().reshape(*s.shape[:2], -1)
+            kept = decay[:, :, i : i + 1].to(s.dtype).clamp(min=LEAST_LOG_DECAY).exp().flatten(2)
             s, z = s * kept[..., None], z * kept
+        if beta is not None:
+            v_i = beta[:, :, i, None].to(s.dtype) * (v_i - (k_i[..., None, :] @ s)[..., 0, :])
+        update = k_i[..., :, None] * v_i[..., None, :]
         s, z = s + update, z + k_i
         read = s if bonus is None else before + bonus.to(s.dtype)[..., None] * update
         rows.append((q_i[..., None, :] @ read)[..., 0, :])
@@ -145,6 +154,7 @@ def chunked(
     causal: bool = True,
     decay: Tensor | None = None,
     bonus: Tensor | None = None,
+    beta: Tensor | None = None,
     exclusive: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
@@ -175,9 +185,14 @@ def chunked(
     if gates is not None:
         to_key = _cut(gates, size).cumsum(3)
         terms = terms._replace(to_key=to_key, to_query=_shifted(to_key, 3) if exclusive else to_key)
+    if beta is None:
+        before_s, before_z, s, z = _states(terms)
+    else:
+        rates = _cut(_padded(beta.to(terms.k.dtype), size), size)
+        before_s, values, s = chunk_states(terms.k, terms.v, rates, terms.to_key, terms.s)
+        terms, before_z, z = terms._replace(v=values), terms.z, terms.z
     channels = gates is not None and gates.dim() == 4
     weights = _subchunked(terms, exclusive, subchunk) if channels else _weights(terms, True, exclusive)
-    before_s, before_z, s, z = _states(terms)
     seen = _decayed(terms.q, terms.to_query)
     out = weights @ terms.v + seen @ before_s
     if bonus is not None:
@@ -288,7 +303,7 @@ def fold(k: Tensor, v: Tensor, to_key: Tensor | None, s: Tensor, z: Tensor) -> t
         return s, z
     total = to_key[:, :, -1:]
     k = _decayed(k, total - to_key)
-    kept = total.exp().reshape(*s.shape[:2], -1)
+    kept = total.exp().flatten(2)
     return s * kept[..., None] + k.mT @ v, z * kept + k.sum(-2)
 
 

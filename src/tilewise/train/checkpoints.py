@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from tilewise.errors import bad_value
 
-VERSION = 1
+VERSION = 2
 """Of the format; another one is refused."""
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -37,11 +39,14 @@ def write(path: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    metadata = {"tilewise": json.dumps({"version": VERSION} | described)}
+    held = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    described = {"version": VERSION} | described
+    # One entry: safetensors writes several in any order, and the same run has to end with the same bytes.
+    metadata = {"tilewise": json.dumps(described | {"checksum": _checksum(held, described)})}
     try:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary, metadata=metadata)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(held, temporary, metadata=metadata)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -55,24 +60,35 @@ def write(path: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> 
         os.close(directory)
 
 
-def read(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read what `write` wrote.
+def read(path: Path) -> Checkpoint:
+    """Read what `write` wrote, to the CPU.
 
     Raises:
-        ValueError: a file that is no checkpoint, or one of another version.
+        ValueError: a file that is no checkpoint, one of another version, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
 
+    fix = "without this file `--resume` goes on from the checkpoint before it"
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(path, "pt") as file:
             described = json.loads((file.metadata() or {}).get("tilewise", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, FileNotFoundError) as problem:
-        raise bad_value("checkpoint", f"{path} ({problem})", "a file that `tilewise train` wrote") from problem
+    except (SafetensorError, OSError, json.JSONDecodeError) as problem:
+        raise bad_value("checkpoint", f"{path} ({problem})", "a file that `tilewise train` wrote", fix) from problem
     if described.get("version") != VERSION:
         got = f"{path} of version {described.get('version')}"
         raise bad_value("checkpoint", got, f"version {VERSION}", "the release of tilewise that wrote it")
+    if described.pop("checksum", None) != _checksum(tensors, described):
+        raise bad_value("checkpoint", f"{path}, which has changed", "the bytes that were written", fix)
     return Checkpoint(tensors, described)
+
+
+def _checksum(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> int:
+    """CRC-32 of everything in the file: a disk's or a network's error must not become a weight."""
+    found = zlib.crc32(json.dumps(described, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        found = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
+    return found
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """The training loop: AdamW under a cosine, with accumulation, clipping, autocast and checkpoints.
 
-Everything a step depends on is in the checkpoint or a pure function of the step: weights, moments, the state of the
-random generators; batches follow from (seed, step). So a run that was killed ends with the bits it would have had.
+Everything a step depends on is in the checkpoint, weights and moments, or a pure function of (seed, step): the batch
+and what dropout draws. So a run that was killed ends with the bits it would have had.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tilewise.errors import bad_value
-from tilewise.train import checkpoints
+from tilewise.train import checkpoints, files
+from tilewise.train.processes import Processes
 from tilewise.train.shards import Batch
 
 FINAL = "model.safetensors"
 METRICS = "metrics.jsonl"
+ALONE = Processes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class TrainConfig:
 
     steps: int = 400
     batch: int = 8
-    """Sequences of one pass; `accumulate` passes make a step."""
+    """Sequences of one pass, of all processes together; `accumulate` passes make a step."""
     length: int = 256
     """Tokens of a sequence."""
     accumulate: int = 1
@@ -89,7 +92,7 @@ class Step(NamedTuple):
     flops: float
     """FLOP/s of the model's products, recomputation not counted."""
     memory: int
-    """Bytes: most that was allocated on a GPU, or the process's largest size on a CPU."""
+    """Bytes: most that was allocated on the process's GPU, or the process's largest size on a CPU."""
 
 
 class DivergedError(RuntimeError):
@@ -100,13 +103,18 @@ class Trainer:
     """Trains `model` and writes checkpoints, metrics and the final weights into `folder`.
 
     Args:
-        model: called as `model(ids, targets, documents=...)`, returns the mean loss.
+        model: called as `model(ids, targets, documents=...)`, returns the mean loss of the targets that are not −100.
         batch_of: the batch of a pass, counted from 0 over the whole run.
         config: of the run.
         folder: where everything is written.
         described: JSON-ready facts that a reader of the weights needs (the model's config, its tokenizer).
         keep: checkpoints that are kept.
         flops_per_token: of a forward and backward pass, for the metrics; by default 6 times the weights.
+        processes: that train together, `model` having been sharded over them; `batch_of` is the same in all, and each
+            takes its part. All call every method; the first writes, into a folder that all can read.
+
+    Raises:
+        ValueError: a batch that the processes cannot share out evenly.
     """
 
     def __init__(
@@ -119,9 +127,12 @@ class Trainer:
         described: dict[str, Any],
         keep: int = 3,
         flops_per_token: float | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        if config.batch % processes.size:
+            raise bad_value("batch", config.batch, f"a multiple of the {processes.size} processes")
         self.model, self.batch_of, self.config, self.folder = model, batch_of, config, folder
-        self.described, self.keep = described | {"train": asdict(config)}, keep
+        self.described, self.keep, self.processes = described | {"train": asdict(config)}, keep, processes
         self.device = next(model.parameters()).device
         self.step = 0
         self.named = dict(model.named_parameters())
@@ -135,31 +146,28 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of this run.
+        """Go on from a checkpoint of this run, which any number of processes wrote.
 
         Raises:
-            ValueError: a checkpoint of other settings, of another model, or of another text.
+            ValueError: a checkpoint of other settings, of another model, or of another text; or a damaged one.
         """
-        found = checkpoints.read(path, self.device)
+        found = checkpoints.read(path)
         checkpoints.check_same("training", found.described.get("train", {}), self.config)
         for name, value in json.loads(json.dumps(self.described)).items():
             if found.described.get(name) != value and name != "train":
                 wants = f"{value!r}" if len(repr(value)) < 200 else "that of this run"
                 raise bad_value("resume", f"{path} with another {name}", wants, "the same settings, or another folder")
+        own = self.model.state_dict()
         state = {name.removeprefix("model."): x for name, x in found.tensors.items() if name.startswith("model.")}
         try:
-            self.model.load_state_dict(state)
-        except RuntimeError as problem:
+            self.model.load_state_dict({name: self.processes.placed(x, own.get(name, x)) for name, x in state.items()})
+            done = torch.tensor(float(found.described["step"]), device=self.device if self._fused else "cpu")
+            for name, parameter in self.named.items():
+                moments = (found.tensors[f"{kind}.{name}"] for kind in ("first", "second"))
+                first, second = (self.processes.placed(x, parameter) for x in moments)
+                self.optimizer.state[parameter] = {"step": done.clone(), "exp_avg": first, "exp_avg_sq": second}
+        except (RuntimeError, KeyError) as problem:
             raise bad_value("resume", f"{path}: {problem}", "the weights of this model") from problem
-        for name, parameter in self.named.items():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(found.described["step"]), device=self.device if self._fused else "cpu"),
-                "exp_avg": found.tensors[f"first.{name}"],
-                "exp_avg_sq": found.tensors[f"second.{name}"],
-            }
-        torch.set_rng_state(found.tensors["random.cpu"].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(found.tensors["random.cuda"].cpu(), self.device)
         self.step = found.described["step"]
 
     @property
@@ -171,32 +179,36 @@ class Trainer:
 
         Raises:
             DivergedError: a loss or gradient that is not finite; the last good checkpoint stays.
-            OSError: a checkpoint cannot be written; the one before it stays.
+            OSError: something cannot be written; the last checkpoint stays.
+            ElsewhereError: one of these, in another process.
         """
         config = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._forget_later_metrics()
+        with self.processes.together():
+            if self.processes.first:
+                self._forget_later_metrics()
         self.model.train()
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         began = time.perf_counter()
-        with (self.folder / METRICS).open("a", encoding="utf-8") as metrics:
-            while self.step < config.steps:
-                loss, norm = self._one_step()
-                losses.append(loss)
-                norms.append(norm)
-                self.step += 1
-                saving = self.step % config.checkpoint_every == 0 and self.step < config.steps
-                if saving or self.step % config.log_every == 0 or self.step == config.steps:
+        while self.step < config.steps:
+            loss, norm = self._one_step()
+            losses.append(loss)
+            norms.append(norm)
+            self.step += 1
+            saving = self.step % config.checkpoint_every == 0 and self.step < config.steps
+            if saving or self.step % config.log_every == 0 or self.step == config.steps:
+                with self.processes.together():
                     measured = self._measure(losses, norms, began)
-                    losses, norms = [], []
-                    metrics.write(json.dumps(measured._asdict()) + "\n")
-                    metrics.flush()
-                    if saving:
-                        self.save()
-                    yield measured
-                    began = time.perf_counter()
-        checkpoints.write(self.folder / FINAL, dict(self.model.state_dict()), self.described | {"step": self.step})
+                    self._tell(measured)
+                losses, norms = [], []
+                if saving:
+                    self.save()
+                yield measured
+                began = time.perf_counter()
+        weights = self.processes.gathered(self.model.state_dict())
+        with self.processes.together():
+            if self.processes.first:
+                checkpoints.write(self.folder / FINAL, weights, self.described | {"step": self.step})
 
     def save(self) -> Path:
         """Write a checkpoint of the current step; older ones beyond `keep` are deleted only then.
@@ -208,12 +220,12 @@ class Trainer:
         for name, parameter in self.named.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         path = checkpoints.path_of(self.folder, self.step)
-        checkpoints.write(path, tensors, self.described | {"step": self.step})
-        checkpoints.prune(self.folder, self.keep)
+        whole = self.processes.gathered(tensors)
+        with self.processes.together():
+            if self.processes.first:
+                checkpoints.write(path, whole, self.described | {"step": self.step})
+                checkpoints.prune(self.folder, self.keep)
         return path
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -221,25 +233,33 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast != "none" else nullcontext()
 
     def _one_step(self) -> tuple[Tensor, Tensor]:
-        """The mean loss and the gradient's norm, neither waited for."""
-        config = self.config
+        """The mean loss, of this process's part of the batch, and the gradient's norm; neither waited for."""
+        config, processes = self.config, self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for part in range(config.accumulate):
-            batch = self.batch_of(self.step * config.accumulate + part)
-            ids, targets, documents = (None if x is None else x.to(self.device, non_blocking=True) for x in batch)
-            with self.autocast():
-                loss = self.model(ids, targets, documents=documents)
-            (loss / config.accumulate).backward()
-            total += loss.detach() / config.accumulate
-        norm = nn.utils.clip_grad_norm_(self.named.values(), config.clip)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # Processes that drew the same would drop the same places of different rows.
+            drawn = np.random.SeedSequence((config.seed, self.step, processes.rank)).generate_state(1, np.uint64)
+            torch.manual_seed(int(drawn[0]))
+            for number in range(config.accumulate):
+                batch, share = processes.part(self.batch_of(self.step * config.accumulate + number))
+                ids, targets, documents = (None if x is None else x.to(self.device, non_blocking=True) for x in batch)
+                with self.autocast():
+                    loss = self.model(ids, targets, documents=documents) * (share / config.accumulate)
+                # Gradients are averaged over the processes, and each has its share of the mean already.
+                (loss * processes.size).backward()
+                total += loss.detach()
+        grads = [p.grad for p in self.named.values() if p.grad is not None]
+        norm = processes.whole(nn.utils.get_total_norm(grads))
+        nn.utils.clip_grads_with_norm_(self.named.values(), config.clip, norm)
         self.optimizer.step()
-        return total, norm.detach()
+        return total, norm
 
     def _measure(self, losses: list[Tensor], norms: list[Tensor], began: float) -> Step:
-        both = torch.stack([torch.stack(losses).float(), torch.stack(norms).float()]).cpu()
+        summed = self.processes.total(torch.stack(losses).float())
+        both = torch.stack([summed, torch.stack(norms).float()]).cpu()
         seconds = time.perf_counter() - began
         for i, (loss, norm) in enumerate(both.t().tolist()):
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -260,13 +280,21 @@ class Trainer:
         lr = self.config.rate(self.step - 1)
         return Step(self.step, loss, norm, lr, self.step * tokens, rate, rate * self.flops_per_token, memory)
 
+    def _tell(self, measured: Step) -> None:
+        if self.processes.first:
+            path = self.folder / METRICS
+            try:
+                with path.open("a", encoding="utf-8") as metrics:
+                    metrics.write(json.dumps(measured._asdict()) + "\n")
+            except OSError as problem:
+                raise OSError(f"{path}: could not be written ({problem.strerror})") from problem
+
     def _forget_later_metrics(self) -> None:
         """Keep the measurements up to the current step: a killed run may have written more, and half a line."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / METRICS
         kept = [step for step in read_metrics(path) if step.step <= self.step]
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text("".join(json.dumps(step._asdict()) + "\n" for step in kept), encoding="utf-8")
-        temporary.replace(path)
+        files.write(path, "".join(json.dumps(step._asdict()) + "\n" for step in kept))
 
 
 def read_metrics(path: Path) -> list[Step]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tilewise.errors import bad_value
+from tilewise.train import files
 from tilewise.train.tokenizers import Tokenizer, load
 
 SHARD_TOKENS = 1 << 26
@@ -22,7 +23,7 @@ SHARD_TOKENS = 1 << 26
 HELD_OUT = 0.02
 """Share of the tokens, at the end, that is never trained on."""
 
-_INDEX = "index.json"
+INDEX = "index.json"
 
 
 class Batch(NamedTuple):
@@ -44,15 +45,19 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / _INDEX).is_file():
+        if not (folder / INDEX).is_file():
             raise bad_value("folder", folder, "a folder of tokens with its index.json")
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        self.fingerprint: str = index["fingerprint"]
-        self.tokens: int = index["tokens"]
-        self.counts = np.array(index["counts"], np.int64)
-        self.tokenizer = load(index["tokenizer"])
-        self._starts = np.fromfile(folder / "documents.bin", np.int64)
-        self._files = [np.memmap(folder / name, np.uint16, "r") for name in index["files"]]
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            self.fingerprint: str = index["fingerprint"]
+            self.tokens: int = index["tokens"]
+            self.counts = np.array(index["counts"], np.int64)
+            self.tokenizer = load(index["tokenizer"])
+            self._starts = np.fromfile(folder / "documents.bin", np.int64)
+            self._files = [np.memmap(folder / name, np.uint16, "r") for name in index["files"]]
+        except (OSError, ValueError, KeyError) as problem:
+            fix = "delete it; it is made again"
+            raise bad_value("folder", f"{folder} ({problem})", "the tokens that were written there", fix) from problem
         if sum(map(len, self._files)) != self.tokens:
             found = sum(map(len, self._files))
             raise bad_value("folder", f"{folder} with {found} tokens", f"{self.tokens}", "delete it; it is made again")
@@ -118,7 +123,7 @@ def prepare(texts: Iterable[str], tokenizer: Tokenizer, folder: Path) -> Shards:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _INDEX).unlink(missing_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
     names: list[str] = []
     starts, total = [], 0
     counts = np.zeros(tokenizer.vocab_size, np.int64)
@@ -130,7 +135,7 @@ def prepare(texts: Iterable[str], tokenizer: Tokenizer, folder: Path) -> Shards:
         whole = len(joined) if everything else len(joined) - len(joined) % SHARD_TOKENS
         for at in range(0, whole, SHARD_TOKENS):
             names.append(f"{len(names):05d}.bin")
-            joined[at : min(at + SHARD_TOKENS, whole)].tofile(folder / names[-1])
+            files.write(folder / names[-1], joined[at : min(at + SHARD_TOKENS, whole)])
         waiting[:] = [joined[whole:]]
 
     for text in texts:
@@ -145,7 +150,7 @@ def prepare(texts: Iterable[str], tokenizer: Tokenizer, folder: Path) -> Shards:
     if total == 0:
         raise bad_value("text", "no text", "at least one document that is not empty")
     write(everything=True)
-    np.array(starts, np.int64).tofile(folder / "documents.bin")
+    files.write(folder / "documents.bin", np.array(starts, np.int64))
     index = {
         "fingerprint": digest.hexdigest(),
         "tokens": total,
@@ -153,5 +158,5 @@ def prepare(texts: Iterable[str], tokenizer: Tokenizer, folder: Path) -> Shards:
         "tokenizer": tokenizer.save(),
         "files": names,
     }
-    (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+    files.write(folder / INDEX, json.dumps(index))
     return Shards(folder)

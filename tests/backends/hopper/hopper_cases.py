@@ -17,6 +17,9 @@ from tilewise.masks import Mask
 from tilewise.masks.tensors import pack
 from tilewise.spec import AttentionSpec
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Without a GPU the kernels can be emulated (emulator.py)."""
+
 NAMED = {name: value for name, value in vars(configs).items() if isinstance(value, ForwardConfig)}
 assert set(NAMED.values()) == set(SELECTABLE)
 
@@ -40,14 +43,14 @@ def problem(
     seed: int = 0,
     **options: Any,
 ) -> tuple[Operands, AttentionSpec]:
-    """Unit-normal operands on the GPU, in `dtype`, and their spec. `lengths` packs sequences of so many rows, keys."""
-    g = torch.Generator("cuda").manual_seed(seed)
+    """Unit-normal operands in `dtype`, and their spec. `lengths` packs sequences of so many rows, keys."""
+    g = torch.Generator(DEVICE).manual_seed(seed)
     dim, v_dim = dims or ((192 if config.block_dv == 128 else 256) if config.block_d == 256 else config.block_d,) * 2
     if dims is None and config is not None:
         v_dim = config.block_dv
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g, device="cuda").to(dtype)
+        return torch.randn(shape, generator=g, device=DEVICE).to(dtype)
 
     def heads_of(count: int, tokens: int, width: int) -> Tensor:
         if bshd:
@@ -57,7 +60,7 @@ def problem(
     leading, more = batch, {}
     if lengths is not None:
         leading, batch, n, m = 1, len(lengths[0]), sum(lengths[0]), sum(lengths[1])
-        ends = (torch.tensor([0, *part], device="cuda").cumsum(0).int() for part in lengths)
+        ends = (torch.tensor([0, *part], device=DEVICE).cumsum(0).int() for part in lengths)
         more.update(zip(("cu_seqlens_q", "cu_seqlens_k"), ends, strict=True))
         options |= {"packed": True, "q_total": n, "k_total": m}
     tensors = heads_of(heads, n, dim) * gain, heads_of(kv_heads, m, dim), heads_of(kv_heads, m, v_dim)
@@ -66,7 +69,7 @@ def problem(
     if sink:
         more["sink"] = normal(heads)
     if isinstance(offset, list):
-        more["q_offset"] = torch.tensor(offset, device="cuda", dtype=torch.int32)
+        more["q_offset"] = torch.tensor(offset, device=DEVICE, dtype=torch.int32)
     if mask is not None:
         options["mask"], arrays = pack(mask)
         more["mask_tensors"] = tuple(arrays)
@@ -78,8 +81,8 @@ def problem(
 
 
 def standard(operands: Operands, spec: AttentionSpec, dtype: torch.dtype, mask: Mask | None) -> tuple[Tensor, Tensor]:
-    """The oracle in `dtype`, on the GPU, sequence by sequence."""
-    with torch.device("cuda"):
+    """The oracle in `dtype`, sequence by sequence."""
+    with torch.device(DEVICE):
         q, k, v = (x.to(dtype) for x in operands[:3])
         offsets = operands.q_offset if spec.q_offset == "tensor" else spec.q_offset
         options = {"causal": spec.causal, "window": spec.window, "softcap": spec.softcap, "scale": spec.scale}
@@ -89,7 +92,7 @@ def standard(operands: Operands, spec: AttentionSpec, dtype: torch.dtype, mask: 
             if mask is not None:
                 host = offsets.cpu().numpy() if isinstance(offsets, Tensor) else offsets
                 dense = mask.to_dense(spec.q_len, spec.k_len, offset=host, heads=spec.heads)
-                allowed = torch.from_numpy(dense).cuda()
+                allowed = torch.from_numpy(dense).to(DEVICE)
                 allowed = allowed.reshape((1,) * (4 - allowed.dim()) + allowed.shape)
             return oracle.attention(q, k, v, mask=allowed, q_offset=offsets, **options)
         rows, keys = operands.cu_seqlens_q.tolist(), operands.cu_seqlens_k.tolist()

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Hopper forward, without a GPU. `compile_hopper.py` does the whole matrix."""
+"""Ahead-of-time compilation of the Hopper kernels, without a GPU. `compile_hopper.py` does the whole matrix."""
 
 from __future__ import annotations
 
@@ -6,30 +6,36 @@ import random
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
-from hopper_targets import ForwardTarget, chosen, compile_forward, every_target, faults
+from compile_all import check_results
+from compile_hopper import RESULTS, hopper_hash
+from hopper_targets import Target, chosen, compile_target, demanding_targets, every_target, faults
 
-from tilewise.backends.hopper.configs import SELECTABLE, ForwardConfig
-from tilewise.backends.triton import interpreting
+from tilewise.backends.hopper.configs import SELECTABLE
 
 TARGETS = every_target()
+FORWARD = {config: [t for t in TARGETS if t.way == "forward" and chosen(t) == config] for config in SELECTABLE}
+BACKWARD = [target for target in TARGETS if target.way == "backward"]
+SAMPLE = [*(random.Random(str(config)).choice(found) for config, found in FORWARD.items()),
+          *random.Random(0).sample(BACKWARD, 3)]  # fmt: skip
 
 
-def _sample(config: ForwardConfig) -> ForwardTarget:
-    """One target of a configuration, always the same."""
-    return random.Random(str(config)).choice([target for target in TARGETS if chosen(target) == config])
+def test_the_whole_matrix_was_compiled_from_these_sources() -> None:
+    check_results(RESULTS, hopper_hash(), {str(target) for target in demanding_targets()})
 
 
 def test_every_configuration_can_be_chosen() -> None:
-    assert {chosen(target) for target in TARGETS} == set(SELECTABLE)
+    assert all(FORWARD.values())
+    assert {chosen(target) for target in TARGETS if target.way == "forward"} == set(SELECTABLE)
 
 
-@pytest.mark.parametrize("config", SELECTABLE, ids=lambda config: f"compile-{config}")
-def test_it_compiles_without_spilling(config: ForwardConfig) -> None:
-    if interpreting():
-        pytest.skip("the interpreter replaces the compiler")
-    target = _sample(config)
-    report = compile_forward(target)
-    assert not faults(target, report), str(target)
-    assert report.shared >= config.shared_bytes
+@pytest.mark.parametrize("target", SAMPLE, ids=lambda target: f"compile-{target}")
+def test_it_spills_no_more_than_is_known(target: Target, compiler: None) -> None:
+    reports = compile_target(target)
+    assert not faults(target, reports), str(target)
+    if target.way == "forward":
+        assert reports[-1].kernel == "attention_forward"
+        assert reports[-1].shared >= chosen(target).shared_bytes
+    else:
+        assert {r.kernel for r in reports} == {"row_statistics", "attention_backward", "convert_dq"}

@@ -14,6 +14,8 @@ import torch
 
 import oracle
 from tilewise.backends.hopper import HOPPER, schedule
+from tilewise.backends.hopper.backward import backward_obstacle
+from tilewise.backends.hopper.backward import plan as backward_plan
 from tilewise.backends.hopper.configs import SELECTABLE, forward_config
 from tilewise.backends.hopper.launch import for_copy_engine
 from tilewise.masks import BigBird, Causal, Mask, PerHead, Prefix, Window, tile_map
@@ -37,6 +39,7 @@ SPEC = AttentionSpec(2, 8, 4, 4096, 4096, 128, 128, "bfloat16", "sm_90", 128**-0
         ({"alibi": True}, "biases"),
         ({"dropout": 0.1}, "dropout"),
         ({"scale": -1.0}, "scale above zero"),
+        ({"softcap": 1e5}, "tanh"),
         ({"packed": True, "mask": "causal()"}, "tile map"),
         ({"head_dim": 256, "packed": True, "window": (9, 9), "softcap": 2.0}, "registers"),
     ],
@@ -48,6 +51,14 @@ def test_it_says_what_it_cannot_do(change: dict[str, Any], words: str) -> None:
     sentence = HOPPER.why_not(replace(SPEC, **change))
     assert sentence is not None
     assert words in sentence
+
+
+def test_the_backward_says_what_it_cannot_do() -> None:
+    assert backward_obstacle(SPEC) is None
+    assert "128" in str(backward_obstacle(replace(SPEC, head_dim=256)))
+    assert "order" in str(backward_obstacle(replace(SPEC, deterministic=True)))
+    assert "65535" in str(backward_obstacle(replace(SPEC, batch=40000)))
+    assert backward_plan(replace(SPEC, head_dim=40, v_head_dim=72)).block_d == 128
 
 
 def test_the_plan_names_tiles_and_who_computes_gradients() -> None:

@@ -43,6 +43,15 @@ def test_kernel_is_what_pytorch_does(sizes: tuple[int, int], dtype: torch.dtype,
         check(*sizes, dtype, spread)
 
 
+def test_targets_may_be_a_column_and_the_ignored_class_any_integer(kernels: None) -> None:
+    """Launched again with other integers: what the first launch remembered holds for them too."""
+    logits, table = torch.randn(9, 65, device=DEVICE), torch.randint(65, (9, 3), device=DEVICE)
+    expected = torch.nn.functional.cross_entropy(logits, table[:, 1], reduction="none")
+    for ignore in (-100, 1 << 40, -100, int(table[4, 1])):
+        losses = softmax_gradient(logits, table[:, 1], ignore, gradient=False)
+        torch.testing.assert_close(losses, expected.masked_fill(table[:, 1] == ignore, 0.0))
+
+
 def test_a_target_that_is_no_class_shows(kernels: None) -> None:
     logits = torch.randn(3, 65, device=DEVICE)
     losses = softmax_gradient(logits, torch.tensor([0, 65, -1], device=DEVICE), -100, gradient=False)

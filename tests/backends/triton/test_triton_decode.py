@@ -12,6 +12,7 @@ from decode_cases import FEATURES, LAYOUTS, check
 from tilewise.backends.triton import interpreting
 from tilewise.caches import KV, Int8, Latent, PagedCache
 from tilewise.ops.append import quantize
+from tilewise.ops.decode import build, decode_op
 from tilewise.ops.views import KVView
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -89,9 +90,35 @@ def test_a_table_with_too_few_pages() -> None:
     pool = torch.randn(2, 1, 16, 8, device=DEVICE)
     q = torch.randn(1, 2, 1, 8, device=DEVICE)
     lengths = torch.tensor([100], dtype=torch.int32, device=DEVICE)
-    found = tilewise.attention_decode(q, KVView(pool, pool, lengths, memory[3:5].view(1, 2)), backend="triton")
+    view = KVView(pool, pool, torch.zeros_like(lengths), memory[3:5].view(1, 2))
+    arguments = build(q, view, q_len=1, backend="triton")  # which would refuse such lengths on a CPU
+    found, _ = decode_op(*arguments._replace(lengths=lengths))
     k = torch.cat([pool[1], pool[0]], 1)[None]
     torch.testing.assert_close(found, tilewise.attention(q, k, k, backend="standard"))
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
+def test_small_operands_may_be_slices_or_expanded(int8: bool) -> None:
+    torch.manual_seed(0)
+    pages = torch.randperm(12, device=DEVICE).int()
+    k, v = torch.randn(12, 2, 16, 8, device=DEVICE), torch.randn(12, 2, 16, 8, device=DEVICE)
+    k_scale = v_scale = None
+    if int8:
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        v_scale = v_scale.transpose(1, 2).contiguous().transpose(1, 2)
+    three = torch.tensor([[50, 7], [33, 1], [60, 0]], dtype=torch.int32, device=DEVICE)
+    view = KVView(k, v, three[:, 0], pages.view(4, 3).t(), k_scale, v_scale, three[:, 1])
+    same = KVView(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in view))
+    q = torch.randn(3, 4, 2, 8, device=DEVICE)
+    slopes, sink = torch.rand(3, 4, 2, device=DEVICE)[..., 1], torch.randn(1, device=DEVICE).expand(4)
+    for splits in (1, 3):
+        found = tilewise.attention_decode(q, view, alibi=slopes, sink=sink, num_splits=splits, backend="triton")
+        expected = tilewise.attention_decode(
+            q, same, alibi=slopes.contiguous(), sink=sink.contiguous(), num_splits=splits, backend="triton"
+        )
+        assert torch.equal(found, expected)
+        exact = tilewise.attention_decode(q, same, alibi=slopes, sink=sink, backend="standard")
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_queries() -> None:
@@ -166,9 +193,12 @@ def test_quantised_values_of_any_size() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("int8", [False, True], ids=["half", "int8"])
-@pytest.mark.parametrize("page_size", [None, 16, 64, 256, 17])
+@pytest.mark.parametrize(
+    ("dtype", "page_size"),
+    [(torch.bfloat16, size) for size in (None, 16, 64, 256, 17)] + [(torch.float16, size) for size in (None, 64)],
+    ids=str,
+)
 @pytest.mark.parametrize("dim", [64, 96, 128, 256, 512])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_row_of_the_tables(dtype: torch.dtype, dim: int, page_size: int | None, int8: bool) -> None:
     layout = "dense" if page_size is None else f"page {page_size}"
     contents = "int8" if int8 else "kv"

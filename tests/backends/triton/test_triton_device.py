@@ -83,8 +83,12 @@ def test_offsets_beyond_two_to_the_31(strides: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     "features", [{}, {"causal": True}, {"window": (150, None)}, {"softcap": 3.0, "causal": True}], ids=str
 )
-@pytest.mark.parametrize("dim", [16, 40, 64, 96, 128, 192, 256, 512])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [(torch.bfloat16, dim) for dim in (16, 40, 64, 96, 128, 192, 256, 512)]
+    + [(torch.float16, dim) for dim in (64, 128, 256)],
+    ids=str,
+)
 def test_every_row_of_the_tables(dtype: torch.dtype, dim: int, features: dict, tma: bool) -> None:
     n, m = 515, 777
     q, dout = _normal(2, 4, n, dim, dtype=dtype), _normal(2, 4, n, dim, dtype=dtype)

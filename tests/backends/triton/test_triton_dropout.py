@@ -7,6 +7,7 @@ import torch
 from triton_cases import DEVICE
 
 import oracle
+import tilewise
 from budget import worst
 from tilewise.backends.base import Needs, Operands
 from tilewise.backends.triton import TRITON
@@ -37,6 +38,12 @@ def test_kept_elements_are_philox(seed: int, tiles: TileSet) -> None:
     grads = TRITON.backward(dout, None, operands, out, lse, spec, config, Needs())
     assert grads.v is not None
     assert worst(grads.v[..., 0].cpu(), (keep / (1 - p) / m).sum(2)) < 1e-5
+
+
+def test_a_probability_next_to_one_keeps_next_to_nothing() -> None:
+    q = torch.randn(1, 2, 33, 8, device=DEVICE)
+    for backend in ("triton", "standard"):
+        assert not tilewise.attention(q, q, q, dropout=1 - 1e-11, backend=backend).any()
 
 
 @pytest.mark.parametrize("features", [{}, {"causal": True}, {"window": (9, 3), "softcap": 2.0}])

@@ -70,7 +70,7 @@ def test_bias_of_minus_infinity_masks() -> None:
     assert worst(ours, lse) < 1e-5
 
 
-@pytest.mark.parametrize("radius", [1, 5, 40, 300])
+@pytest.mark.parametrize("radius", [0, 1, 5, 40, 300])
 @pytest.mark.parametrize("features", [{"causal"}, {"offsets", "mask", "gqa"}])
 def test_relative_radii(radius: int, features: set[str]) -> None:
     case = make_case(features, n=70, m=99, batch=2 if ON_GPU else 1, heads=2)
@@ -80,7 +80,25 @@ def test_relative_radii(radius: int, features: set[str]) -> None:
     assert_within(triton(), case, torch.float32, dout, dlse, f"R={radius} {features}")
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 4.0])
+@pytest.mark.parametrize("offset", [150, -150])
+def test_relative_distances_that_only_the_device_knows(offset: int) -> None:
+    """Offsets in a tensor may carry rows further from the keys than the lengths say, and still inside the radius."""
+    case = make_case({"relative"}, n=33, m=40, batch=1, heads=2, dim=8)
+    values = torch.randn(2, 401, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {**case.options, "q_offset": torch.tensor([offset], dtype=torch.int32)}
+    case = case._replace(tensors={**case.tensors, "relative": values}, options=options)
+    dout, dlse = cotangents(case)
+    assert_within(triton(), case, torch.float32, dout, dlse, f"offset {offset}")
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, -(2**31 - 1), 2**30 - 8])
+def test_positions_that_32_bits_do_not_hold_are_refused(offset: int) -> None:
+    q = torch.randn(1, 1, 4, 8, device=DEVICE)
+    with pytest.raises(tilewise.UnsupportedError, match="32-bit"):
+        tilewise.attention(q, q, q, window=(2**31 - 1, 0), q_offset=offset, backend="triton")
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-50, 4.0])
 def test_scales(scale: float) -> None:
     case = make_case({"causal"}, n=50, m=60, batch=1, heads=2)
     case = case._replace(options={**case.options, "scale": scale})
@@ -106,6 +124,10 @@ def test_no_rows_or_no_keys(n: int, m: int) -> None:
     assert (out == 0).all()
     assert (lse == float("-inf")).all()
     assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+    sink = torch.randn(2, device=DEVICE, requires_grad=True)
+    out, lse = tilewise.attention(q, k, v, sink=sink, backend="triton", return_lse=True)
+    (grad,) = torch.autograd.grad([out.sum() + lse.sum()], sink)
+    assert torch.equal(grad, torch.full_like(sink, 2.0 * n))
 
 
 def _strided(kind: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -140,6 +162,25 @@ def test_strides(kind: str, dim: int) -> None:
         assert ours is not None
         assert same is not None
         assert torch.equal(ours, same)
+
+
+def test_small_operands_may_be_slices_or_expanded() -> None:
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(3, 4, 33, 16, generator=g).to(DEVICE)
+    both = torch.rand(3, 4, 2, generator=g).to(DEVICE)
+    one = torch.tensor([5], dtype=torch.int32, device=DEVICE)
+    values = torch.randn(4, 9, 2, generator=g).to(DEVICE)
+    given = {"alibi": both[..., 0], "sink": both[0, 0, :1].expand(4), "q_offset": one.expand(3)}
+    plain = {name: x.contiguous() for name, x in given.items()}
+    results = []
+    for options, relative in ((given, values[..., 0]), (plain, values[..., 0].contiguous())):
+        leaves = [x.detach().requires_grad_() for x in (q, options["sink"], relative)]
+        out = tilewise.attention(
+            leaves[0], q, q, causal=True, backend="triton", bias=tilewise.biases.Relative(leaves[2]),
+            **{**options, "sink": leaves[1]},
+        )  # fmt: skip
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert all(torch.equal(ours, same) for ours, same in zip(*results, strict=True))
 
 
 def test_gradient_of_a_sum_has_expanded_cotangents() -> None:

@@ -73,6 +73,8 @@ class HopperBackend:
             return "its softmax has no time left for dropout's random numbers"
         if spec.scale <= 0.0:
             return "it takes row maxima before it scales, so it needs a scale above zero"
+        if spec.softcap is not None and spec.softcap > 1000.0:
+            return "its tanh is right to 2·10⁻⁷ of the soft cap, too coarse for caps above 1000"
         if spec.packed and spec.mask is not None:
             return "a tile map has one geometry, and packed sequences have many: causal and window work without a map"
         if max(spec.head_dim, spec.v_head_dim) > 128 and spec.packed and spec.windowed and spec.softcap is not None:

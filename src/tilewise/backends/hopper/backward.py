@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tilewise.backends.base import Gradients, Needs, Operands
-from tilewise.backends.hopper.launch import LOG2E, NO_LIMIT, for_copy_engine
+from tilewise.backends.hopper.launch import LOG2E, clamp, for_copy_engine
 from tilewise.backends.triton.launch import tile_tensors
 from tilewise.masks.tensors import TileTensors
 from tilewise.spec import AttentionSpec
@@ -47,7 +47,7 @@ class BackwardPlan(NamedTuple):
     """Columns of every tile: 64 or 128, whichever holds D and Dv."""
     left: int
     right: int
-    offset: int
+    """Row i sees keys i − left … i + right, beyond an offset that only the device knows."""
     numbers: tuple[float, float, float, float]
     """scale; then scale·log2 e; with a soft cap c, scale/c and c·log2 e."""
     constants: tuple[int, ...]
@@ -61,12 +61,12 @@ def plan(spec: AttentionSpec) -> BackwardPlan:
     """The plan of a spec that has no obstacle."""
     left, right = (None, None) if spec.mask is not None else spec.reach
     soft = (spec.scale / spec.softcap, spec.softcap * LOG2E) if spec.softcap is not None else (0.0, 0.0)
+    offset = spec.offset or 0
     offset_kind = 1 if spec.q_offset == "tensor" else 2 if spec.packed and spec.q_offset is None else 0
     return BackwardPlan(
         block_d=64 if max(spec.head_dim, spec.v_head_dim) <= 64 else 128,
-        left=_clamp(left),
-        right=_clamp(right),
-        offset=_clamp(spec.offset),
+        left=0 if left is None else clamp(left - offset),
+        right=0 if right is None else clamp(right + offset),
         numbers=(spec.scale, spec.scale * LOG2E, *soft),
         constants=(
             spec.packed,
@@ -80,10 +80,6 @@ def plan(spec: AttentionSpec) -> BackwardPlan:
     )
 
 
-def _clamp(side: int | None) -> int:
-    return 0 if side is None else max(-NO_LIMIT, min(side, NO_LIMIT))
-
-
 def _launch(
     kernel: Any,
     grid: tuple[int, int],
@@ -95,7 +91,7 @@ def _launch(
     """Run `kernel`; as in the Triton backend's `launch`, what Triton answered for aligned `tensors` is remembered."""
     key = None
     if not any(x.data_ptr() & 15 for x in tensors):
-        key = (kernel, tensors[0].device.index, *(x.stride() for x in tensors))
+        key = (kernel, tensors[0].device.index, *((x.dtype, x.stride()) for x in tensors))
         compiled = prepared.compiled.get(key)
         if compiled is not None:
             compiled[(*grid, 1)](*arguments)
@@ -178,7 +174,6 @@ def run(
         spec.q_len,
         spec.k_len,
         head_rows,
-        prepared.offset,
         prepared.left,
         prepared.right,
         *prepared.numbers,
@@ -218,7 +213,7 @@ def run(
     _launch(attention_backward, main_grid, prepared, (accumulator,), main_arguments, num_warps=4)
     dq = None
     if needs.q:
-        dq = torch.empty_like(operands.q)
+        dq = torch.empty_like(q)
         _launch(
             convert_dq,
             (pairs * (PAIR // 64) * (block_d // 64), spec.batch * spec.heads),

@@ -41,6 +41,7 @@ from tilewise.backends.hopper.primitives import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from tilewise.backends.hopper.walk import FARTHEST, OFFSET_ALIGNED, OFFSET_TENSOR
 
 KEYS = gl.constexpr(128)
 """Keys of a CTA; 64 a warpgroup."""
@@ -68,14 +69,10 @@ BAND = gl.constexpr(1)
 BITS = gl.constexpr(2)
 """What a block's scores are tested for: nothing, causal rule and window, or a bit tile."""
 
-OFFSET_FIXED = gl.constexpr(0)
-OFFSET_TENSOR = gl.constexpr(1)
-OFFSET_ALIGNED = gl.constexpr(2)
-"""Where a row's position comes from: one integer, one of a tensor [B], or M − N of the packed sequence."""
-
 
 @gluon.jit
 def _opaque():
+    """A zero that the compiler cannot see through."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], gl.int32, False, 1)
 
 
@@ -89,6 +86,7 @@ def _new_barrier():
 
 @gluon.jit
 def _slot(pool, index, D: gl.constexpr):
+    """One slot of the pool as a tile of 64 rows."""
     return pool.index(index).reshape([ROWS, D])
 
 
@@ -161,6 +159,7 @@ def _load_pair(
     q_desc, dout_desc, statistics_desc, shared, batch, head, row, at, first, length, started,
     PACKED: gl.constexpr,
 ):  # fmt: skip
+    """Move two blocks of Q, dO and the statistics from row `row` on; once `started`, into buffers handed back."""
     pool, statistics, _, q_full, dout_full = shared
     D: gl.constexpr = pool.type.shape[-1]
     for u in gl.static_range(2):
@@ -370,6 +369,7 @@ def _pair(
     s, dk, dv, k, v, dq_desc, shared, phase, row, at, position, band, bits, scores,
     WG: gl.constexpr, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
+    """The two blocks from row `row` on. `at`: the head's first row in dQ's accumulator; `position`: the first key's."""
     D: gl.constexpr = shared[0].type.shape[-1]
     behind = position - row
     for u in gl.static_range(2):
@@ -386,7 +386,11 @@ def _consumer(
     offset, band, scale, scores, PACKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MAP: gl.constexpr,
     SOFTCAP: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of 64 keys; and dQ's share of them."""
+    """dK and dV of 64 keys, and their part of dQ; walks as the producer does.
+
+    `tile`: which 128 keys. `queries`: the sequence's first token, rows, first row in the accumulator (of the group's
+    first head), and the accumulator's rows a head. `keys`: first token and number. `pairs`: see `_visible_pairs`.
+    """
     pool, _, kv_full, q_full, _ = shared
     D: gl.constexpr = pool.type.shape[-1]
     dtype: gl.constexpr = pool.dtype
@@ -462,7 +466,7 @@ def _consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "kv_heads", "q_len", "k_len", "head_rows", "offset", "left", "right", "map_batch", "map_heads",
+        "heads", "kv_heads", "q_len", "k_len", "head_rows", "left", "right", "map_batch", "map_heads",
         "map_tiles",
     ],
     do_not_specialize_on_alignment=[
@@ -474,7 +478,7 @@ def attention_backward(
     q_desc, k_desc, v_desc, dout_desc, statistics_desc, dq_desc, dk_desc, dv_desc,
     q_offset_ptr, cu_q_ptr, cu_k_ptr,
     run_begin, run_end, run_start, run_stop, part_begin, part_end, part_col, part_id, bits_ptr,
-    map_batch, map_heads, map_tiles, heads, kv_heads, q_len, k_len, head_rows, offset, left, right,
+    map_batch, map_heads, map_tiles, heads, kv_heads, q_len, k_len, head_rows, left, right,
     scale, scale_log2, soft_scale, soft_log2,
     PACKED: gl.constexpr, OFFSET: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MAP: gl.constexpr,
     SOFTCAP: gl.constexpr,
@@ -493,10 +497,11 @@ def attention_backward(
     batch = b
     if PACKED:
         batch = 0
+    offset = 0
     if OFFSET == OFFSET_ALIGNED:
         offset = m - n
     if OFFSET == OFFSET_TENSOR:
-        offset = gl.load(q_offset_ptr + b)
+        offset = gl.minimum(gl.maximum(gl.load(q_offset_ptr + b), -FARTHEST), FARTHEST)
     queries = (first_q, n, (batch * heads + kv_head * group) * head_rows + padded, head_rows)
     keys = (first_k, m)
     stop = gl.minimum((tile + 1) * KEYS, m)

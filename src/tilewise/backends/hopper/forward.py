@@ -74,7 +74,17 @@ POINTERS = [
 
 @record
 class Call:
-    """What producer and consumers know of the call."""
+    """What producer and consumers know of the call.
+
+    Memory: descriptors of the tensors; the schedule and queue (walk.py); then the arrays of a tile map, as TileTensors
+    names them. Sizes: `q_rows` is the rows of one head in `lse`, of all sequences if packed; `row_tiles` the tiles of
+    one head, `tiles` those of all; `key_blocks` and `full_blocks` the blocks of K with and without a cut last one; row
+    i sees keys i + left … i + right, and the `map_…` are the map's batch, heads and row tiles.
+
+    Shared memory: a buffer of Q and of the output for each consumer, the rings of K and V. `…_full` is an mbarrier on
+    which the copy engine counts its bytes, `…_free` one on which consumers say that they are done; `tile_s` are two
+    slots of six facts about a tile. Compile-time options are in capitals.
+    """
 
     q_desc: tensor_descriptor
     k_desc: tensor_descriptor
@@ -147,7 +157,8 @@ class Call:
 def _load_block(call, of_keys, key, begins, of_rows, row, count, stage, phase, loaded):
     """Move the K and V tiles that begin at key `key`, and if the tile `begins` here, Q. `of_…` says of whose.
 
-    K goes first, so that the next tile's first K is on its way while the consumers finish this one's last block.
+    `loaded` counts blocks: the first of each stage finds its buffer free. K goes first, so that the next tile's first K
+    is on its way while the consumers finish this one's last block.
     """
     THREADS: gl.constexpr = 128 * (call.WARPGROUPS + 1)
     batch, kv_head, first_k, m = of_keys
@@ -173,6 +184,7 @@ def _load_block(call, of_keys, key, begins, of_rows, row, count, stage, phase, l
 
 @gluon.jit
 def _producer(call):
+    """Ask for the blocks of one tile after another, in the order in which the consumers take them."""
     stage = 0
     phase = 0
     loaded = 0
@@ -185,6 +197,7 @@ def _producer(call):
         of_keys = (batch, h // call.group, first_k, m)
         of_rows = (batch, h, first_q, n)
         if call.MAP:
+            # Partial tiles, then the runs of full ones; block 0 if there are none, as a tile visits at least one.
             row, parts, fulls = map_row(call, b, h, start)
             ratio: gl.constexpr = BASE_TILE // call.BLOCK_N
             part = gl.load(call.part_begin + row)
@@ -282,7 +295,11 @@ def _scores(call, q, stage):
 
 @gluon.jit
 def _step(call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m, bits, masked, MASK: gl.constexpr):
-    """One block: S of this stage, and O += P·V of the stage before, which overlaps with this block's softmax."""
+    """One block: S of the next stage, and O += P·V of `stage`, which overlaps with the new block's softmax.
+
+    `p` are the weights of the block before as wgmma's left operand, `acc` the output that lacks them; `peak` and
+    `total` the rows' maxima (in log2 units) and sums so far. MASK compiles the hiding in, `masked` does it.
+    """
     THREADS: gl.constexpr = 128 * (call.WARPGROUPS + 1)
     v_stage = stage
     v_phase = phase
@@ -318,7 +335,11 @@ def _step(call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m,
 
 @gluon.jit
 def _consumer(call, W: gl.constexpr):
-    """Warpgroup W: rows 64·W … 64·W + 63 of every tile."""
+    """Warpgroup W: rows 64·W … 64·W + 63 of every tile.
+
+    For each tile: where it lies and which blocks it visits; the first block's scores; the loop; the last P·V, LSE and
+    output.
+    """
     BLOCK_N: gl.constexpr = call.BLOCK_N
     THREADS: gl.constexpr = 128 * (call.WARPGROUPS + 1)
     ROWS: gl.constexpr = 64 * call.WARPGROUPS
@@ -355,6 +376,7 @@ def _consumer(call, W: gl.constexpr):
             b, h, tile_start = decode_tile(call, tile)
             batch, first_q, n, _, m, left, right = geometry(call, b)
         start = tile_start + 64 * W
+        # Of `blocks`, this warpgroup skips the first `skipped` and hides elements in the next `masked`.
         rows = start + gl.arange(0, 64, layout=S_ROWS)
         first = 0
         full_from = 0
@@ -378,7 +400,7 @@ def _consumer(call, W: gl.constexpr):
             blocks = last - first
             masked = 1
             if call.RIGHT:
-                # Blocks wholly beyond the diagonal of this warpgroup's rows.
+                # Blocks that only warpgroups further down see: their buffers are handed back unread.
                 _, _, my_full_to, my_last = visited_blocks(call, start, start + 64, left, right, m)
                 skipped = gl.minimum(gl.maximum(last - my_last, 0), gl.minimum(last - full_to, blocks - 1))
                 if not call.ALIGNED:
@@ -472,59 +494,18 @@ def _consumer(call, W: gl.constexpr):
 
 @gluon.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=POINTERS)
 def attention_forward(
-    q_desc,
-    k_desc,
-    v_desc,
-    out_desc,
-    lse_ptr,
-    sched_ptr,
-    queue_ptr,
-    sink_ptr,
-    offset_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    counts_ptr,
-    run_begin,
-    run_start,
-    run_stop,
-    part_begin,
-    part_col,
-    part_id,
-    bits_ptr,
-    heads: gl.int32,
-    group: gl.int32,
-    q_len: gl.int32,
-    k_len: gl.int32,
-    q_rows: gl.int64,
-    row_tiles: gl.int32,
-    tiles: gl.int32,
-    programs: gl.int32,
-    key_blocks: gl.int32,
-    full_blocks: gl.int32,
-    left: gl.int32,
-    right: gl.int32,
-    map_batch: gl.int32,
-    map_heads: gl.int32,
-    map_tiles: gl.int32,
-    scale_log2: gl.float32,
-    softcap_in: gl.float32,
-    WARPGROUPS: gl.constexpr,
-    REGISTERS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    ORDER: gl.constexpr,
-    LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
-    ALIGNED: gl.constexpr,
-    OFFSET: gl.constexpr,
-    PACKED: gl.constexpr,
-    MAP: gl.constexpr,
-    SOFTCAP: gl.constexpr,
-    SINK: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr,
-    OUT_OVER_Q: gl.constexpr,
-    CHAINS: gl.constexpr,
-):
+    q_desc, k_desc, v_desc, out_desc, lse_ptr,
+    sched_ptr, queue_ptr, sink_ptr, offset_ptr, cu_q_ptr, cu_k_ptr,
+    counts_ptr, run_begin, run_start, run_stop, part_begin, part_col, part_id, bits_ptr,
+    heads: gl.int32, group: gl.int32, q_len: gl.int32, k_len: gl.int32, q_rows: gl.int64,
+    row_tiles: gl.int32, tiles: gl.int32, programs: gl.int32, key_blocks: gl.int32, full_blocks: gl.int32,
+    left: gl.int32, right: gl.int32, map_batch: gl.int32, map_heads: gl.int32, map_tiles: gl.int32,
+    scale_log2: gl.float32, softcap_in: gl.float32,
+    WARPGROUPS: gl.constexpr, REGISTERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ORDER: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, OFFSET: gl.constexpr,
+    PACKED: gl.constexpr, MAP: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OUT_OVER_Q: gl.constexpr, CHAINS: gl.constexpr,
+):  # fmt: skip
     """out [B, H, N, Dv] and lse [B, H, N]; launch.py says what each argument is."""
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_type.shape[-1]

@@ -91,8 +91,8 @@ def plan(spec: AttentionSpec, config: ForwardConfig | None = None) -> ForwardPla
     return ForwardPlan(
         config,
         constants,
-        -_clamp(left) + offset,
-        NO_LIMIT if right is None else _clamp(right) + offset,
+        0 if left is None else clamp(offset - left),
+        NO_LIMIT if right is None else clamp(offset + right),
         scale_log2,
         softcap_in,
         listed,
@@ -101,8 +101,8 @@ def plan(spec: AttentionSpec, config: ForwardConfig | None = None) -> ForwardPla
     )
 
 
-def _clamp(side: int | None) -> int:
-    return 0 if side is None else max(-NO_LIMIT, min(side, NO_LIMIT))
+def clamp(limit: int) -> int:
+    return max(-NO_LIMIT, min(limit, NO_LIMIT))
 
 
 def for_copy_engine(x: Tensor) -> tuple[Tensor, list[int]]:

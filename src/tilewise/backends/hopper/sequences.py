@@ -27,6 +27,10 @@ def order_sequences(cu_ptr, items_ptr, batch: tl.int32, tiles: tl.int32, ROWS: t
     before = (counts > mine) | ((counts == mine) & (lanes < own))
     at = tl.sum(tl.where(before, counts, 0), 0)
     if own == 0:
-        tl.store(items_ptr, tl.sum(counts, 0))
+        total = tl.sum(counts, 0)
+        tl.store(items_ptr, total)
+        if total == 0:
+            # What a CTA that finds no work looks at all the same.
+            tl.store(items_ptr + 1, 0)
     for tile in range(0, mine):
         tl.store(items_ptr + 1 + at + tile, own * tiles + (mine - 1 - tile))

@@ -18,6 +18,9 @@ ROW_MAJOR, LISTED, QUEUED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 OFFSET_FIXED, OFFSET_TENSOR, OFFSET_ALIGNED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 """Where row 0's position comes from: one integer, a tensor [B], or M − N of the packed sequence."""
 
+FARTHEST = gl.constexpr(1 << 29)
+"""An offset beyond any sequence; with a window's side and a row it still fits into 32 bits."""
+
 BASE_TILE = gl.constexpr(128)
 """Rows and columns of one tile of a tile map."""
 
@@ -69,7 +72,7 @@ def geometry(call, b):
     left = call.left
     right = call.right
     if call.OFFSET == OFFSET_TENSOR:
-        offset = gl.load(call.offset_ptr + b)
+        offset = gl.minimum(gl.maximum(gl.load(call.offset_ptr + b), -FARTHEST), FARTHEST)
         left += offset
         right += offset
     if call.OFFSET == OFFSET_ALIGNED:
@@ -129,7 +132,9 @@ def claim_tile(call, count):
     """The producer's next tile: with a queue, the first that nobody has taken.
 
     It is claimed one tile ahead, and what the consumers must know of it is left in shared memory for `told_tile`, so
-    that neither the atomic's nor the look-ups' latency is on the path of a load or a product.
+    that neither the atomic's nor the look-ups' latency is on the path of a load or a product: the head (−1 behind the
+    last tile) and first row; of a map the sequence, its first partial tile and how many partial and full blocks; of
+    packed sequences the first token, rows, keys and offset.
     """
     if call.ORDER == QUEUED:
         index = gl.program_id(0)
@@ -163,7 +168,7 @@ def _fact(call, slot, i):
 
 @gluon.jit
 def told_tile(call, count):
-    """The consumers' next tile, −1 behind the last, and with a queue five facts about it."""
+    """The consumers' next tile, −1 behind the last; with a queue its head, and five more facts of `claim_tile`."""
     if call.ORDER == QUEUED:
         slot = count & 1
         mbarrier.wait(call.tile_full.index(slot), count >> 1 & 1)

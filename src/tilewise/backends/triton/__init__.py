@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tilewise.backends.base import Gradients, Needs, Operands
 from tilewise.backends.triton.configs import largest_head_dim
-from tilewise.backends.triton.launch import TritonPlan, plan, tile_tensors
+from tilewise.backends.triton.launch import NO_LIMIT, TritonPlan, plan, tile_tensors
 from tilewise.spec import AttentionSpec, LinearSpec
 
 
@@ -76,6 +76,8 @@ class TritonBackend:
             return "a tile map has one geometry, and packed sequences have many: causal and window work without a map"
         if spec.packed and spec.bias is not None:
             return "a dense bias has no place in packed sequences: relative and ALiBi biases do"
+        if isinstance(spec.q_offset, int) and abs(spec.q_offset) + spec.q_len + spec.k_len >= NO_LIMIT:
+            return f"its positions are 32-bit integers, and a window side stands for no limit from {NO_LIMIT} keys on"
         return device_obstacle(spec)
 
     def configure(self, spec: AttentionSpec) -> TritonPlan:

@@ -29,6 +29,7 @@ def _write(
     BLOCK_D: tl.constexpr,
     INT8: tl.constexpr,
 ):
+    """One row x [D] to element offset `place` of a pool, quantised with its scale beside it if INT8."""
     dims = tl.arange(0, BLOCK_D)
     row = tl.load(x_ptr + dims, mask=dims < D, other=0.0)
     if INT8:
@@ -82,7 +83,8 @@ def append_tokens(
     PAGED: tl.constexpr,
     RING: tl.constexpr,
 ):
-    """Strides of the two scale tensors are the same."""
+    """Token t of head h of sequence b to where token `lengths[b] + t` lies. Strides: p of pages (or sequences), h of
+    heads, n of tokens; those of the two scale tensors are the same. `capacity` is one sequence's."""
     program = tl.program_id(0)
     t = program % tokens
     h = program // tokens % heads
@@ -141,6 +143,8 @@ def append(
     given = k if v is None else v if v.stride(-1) == 1 else v.contiguous()
     page_size = pool_k.shape[2]
     v_dim = values.shape[3]
+    if page_table is not None and page_table.stride(1) != 1:
+        page_table = page_table.contiguous()
 
     with made_current(k):
         append_tokens[(batch * heads * tokens,)](
@@ -148,10 +152,10 @@ def append(
             pool_v,
             k_scale,
             v_scale,
-            lengths,
+            lengths.contiguous(),
             k,
             v,
-            counts,
+            counts if counts is None else counts.contiguous(),
             page_table,
             *pool_k.stride()[:3],
             *values.stride()[:3],

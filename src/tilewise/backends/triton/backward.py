@@ -111,7 +111,7 @@ def backward(
     dk = torch.empty_like(k) if needs.k else None
     dv = torch.empty_like(v) if needs.v else None
     if prepared.batch * prepared.q_len == 0 or prepared.batch * prepared.k_len == 0:
-        return _nothing(operands, needs)
+        return _nothing(operands, dlse, needs)
     statistics = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
     lse2, delta = statistics[0], statistics[1]
     rows = 32 if prepared.flags["BLOCK_DV"] <= 256 else 16
@@ -195,12 +195,15 @@ def backward(
     )
 
 
-def _nothing(operands: Operands, needs: Needs) -> Gradients:
-    """The gradients of a call without rows or without keys."""
+def _nothing(operands: Operands, dlse: Tensor | None, needs: Needs) -> Gradients:
+    """The gradients of a call without rows or without keys: of rows without keys the LSE is the sink."""
     differentiable = (operands.q, operands.k, operands.v, operands.bias, operands.relative, operands.sink)
-    return Gradients(
+    found = Gradients(
         *(
             torch.zeros_like(x) if wanted and x is not None else None
             for x, wanted in zip(differentiable, needs, strict=True)
         )
     )
+    if found.sink is None or dlse is None:
+        return found
+    return found._replace(sink=dlse.sum((0, 2)).to(found.sink.dtype))

@@ -1,7 +1,9 @@
 """Gradient of a dense bias, portable: dbias is the sum of dS over the dimensions that the bias broadcasts.
 
-One program owns block_m × block_n elements of the bias and walks the (b, h, row tile, key tile) combinations that
-broadcast onto them, or one of `splits` equal parts of them.
+One program owns block_m × block_n elements of the bias (one row, column or element where it broadcasts rows or keys)
+and walks the (b, h, row tile, key tile) combinations that broadcast onto them, recomputing dS of each and adding it in
+registers. Where that makes few programs with long walks, each walk is cut into `splits` equal parts, whose sums are
+written in float32 and added afterwards in a fixed order.
 """
 
 # Kernels are in Triton's language, which checks its own types when it compiles.

@@ -1,7 +1,8 @@
 """Tile shapes as data: which configuration runs for which device generation, head dim, dtype and features.
 
-Nothing is tuned at run time. A row gives block_m query rows, block_n keys, warps and pipeline stages of each kernel.
-What bounds a row is shared memory (Q and the streamed K and V, stage by stage) and registers (accumulators in float32).
+Nothing is tuned at run time; `python -m tilewise.bench.tuning` measures a row against all others that fit. A row gives
+block_m query rows, block_n keys, warps and pipeline stages of each kernel. What bounds a row is shared memory (Q and
+the streamed K and V, stage by stage) and registers (accumulators in float32).
 """
 
 from __future__ import annotations

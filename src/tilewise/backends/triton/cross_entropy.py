@@ -35,12 +35,13 @@ def cross_entropy(
     logits_ptr,
     targets_ptr,
     losses_ptr,
-    ignore,
-    columns,
-    stride_row,
+    ignore: tl.int64,
+    columns: tl.int32,
+    stride_row: tl.int64,
     BLOCK: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
+    """losses [T]; with GRADIENT logits [T, columns] become softmax − onehot, 0 where the target is `ignore`."""
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride_row
     target = tl.load(targets_ptr + row)
@@ -87,6 +88,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, ignore_index: int, *, grad
     losses = logits.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return losses
+    targets = targets.contiguous()
     block = min(LARGEST_BLOCK, triton.next_power_of_2(columns))
     launch(
         cross_entropy,

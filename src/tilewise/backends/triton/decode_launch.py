@@ -16,7 +16,10 @@ DENSE, RING, PAGED_TILES, PAGED_TOKENS = range(4)
 """Ways in which a token's place is found, as decode.py defines them."""
 
 MERGE_COLUMNS = 128
+"""Columns of the output that one program of the merge has."""
+
 MERGE = DecodeTile(0, 4, 1, 1)
+"""Its launch shape; only warps and stages count."""
 
 
 class DecodePlan(NamedTuple):
@@ -43,6 +46,7 @@ class DecodePlan(NamedTuple):
 
 
 def _columns(size: int, least: int) -> int:
+    """Columns of a tile that holds `size`: a power of two, and what the matrix unit takes at least."""
     return max(least, 1 << (size - 1).bit_length())
 
 
@@ -119,6 +123,18 @@ def plan(spec: DecodeSpec) -> DecodePlan:
     )
 
 
+def _plain(x: Tensor | None) -> Tensor | None:
+    """A vector that the kernel steps through without a stride: a slice or an expanded value is copied."""
+    return x if x is None else x.contiguous()
+
+
+def _scales(k_scale: Tensor | None, v_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both with the same strides, and tokens one after another; copied where a cache keeps them otherwise."""
+    if k_scale is None or v_scale is None or (k_scale.stride() == v_scale.stride() and k_scale.stride(2) == 1):
+        return k_scale, v_scale
+    return k_scale.contiguous(), v_scale.contiguous()
+
+
 def forward(operands: DecodeOperands, prepared: DecodePlan, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
     """out [B, H, T, Dv] and lse [B, H, T], or packed with a batch of one."""
     from tilewise.backends.triton.decode import attention_decode
@@ -136,28 +152,32 @@ def forward(operands: DecodeOperands, prepared: DecodePlan, spec: DecodeSpec) ->
     if splits > 1:
         found = torch.empty(splits, rows, prepared.v_dim, dtype=torch.float32, device=q.device)
         statistic = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
-    table, tree, scales = operands.page_table, operands.tree, operands.k_scale
+    table, tree = operands.page_table, operands.tree
+    if table is not None and table.stride(1) != 1:
+        table = table.contiguous()
+    k_scale, v_scale = _scales(operands.k_scale, operands.v_scale)
+    lengths, sink, alibi = operands.lengths.contiguous(), _plain(operands.sink), _plain(operands.alibi)
     arguments = (
         q,
         k,
         k if v is None else v,
         found,
         statistic,
-        operands.lengths,
+        lengths,
         table,
-        scales,
-        operands.v_scale,
-        operands.start,
-        operands.sink,
-        operands.alibi,
+        k_scale,
+        v_scale,
+        _plain(operands.start),
+        sink,
+        alibi,
         None if tree is None else tree.contiguous().view(torch.uint8),
-        operands.cu_seqlens_q,
+        _plain(operands.cu_seqlens_q),
         *q.stride()[:3],
         *k.stride()[:3],
         *(k if v is None else v).stride()[:3],
         0 if table is None else table.stride(0),
-        *((0, 0) if scales is None else scales.stride()[:2]),
-        0 if operands.alibi is None or operands.alibi.shape[0] == 1 else operands.alibi.stride(0),
+        *((0, 0) if k_scale is None else k_scale.stride()[:2]),
+        0 if alibi is None or alibi.shape[0] == 1 else alibi.stride(0),
         0 if tree is None or tree.shape[0] == 1 else tree.shape[1] * tree.shape[2],
         rows,
         spec.heads,
@@ -174,14 +194,14 @@ def forward(operands: DecodeOperands, prepared: DecodePlan, spec: DecodeSpec) ->
         prepared.scale,
         prepared.softcap,
     )
-    tensors = (q, k, k if v is None else v, found, statistic, operands.lengths)
+    tensors = (q, k, k if v is None else v, found, statistic, lengths)
     tile = prepared.tile
     launch(
         attention_decode, programs, prepared, tensors, arguments, prepared.constants, tile, registers=tile.registers
     )  # fmt: skip
     if splits > 1:
         columns = -(-prepared.v_dim // prepared.merge_constants[1])
-        arguments = (found, statistic, out, lse, operands.sink, rows, splits, spec.heads, q.shape[2], columns)
+        arguments = (found, statistic, out, lse, sink, rows, splits, spec.heads, q.shape[2], columns)
         tensors = (found, statistic, out, lse)
         constants = prepared.merge_constants
         launch(merge_splits, rows * columns, prepared, tensors, arguments, constants, MERGE, early=constants[-1])

@@ -1,8 +1,12 @@
 """dQ, portable.
 
-One program owns block_m query rows of one head, as in the forward kernel: Q and dO stay in shared memory, dQ in
-registers, K and V stream by. dQ += dS·K with dS = P∘(dP − Δ). A kernel of its own rather than atomic additions from the
-dK/dV kernel: two more matrix products a tile, but the result is the same bits every time.
+One program owns block_m query rows of one head, as in the forward kernel: Q and dO stay in shared memory; dQ, the LSE
+and Δ of its rows in registers; tiles of block_n keys and their values stream through a pipeline of num_stages. Each
+step: S = QKᵀ, P = 2^(S − LSE), dP = dO·Vᵀ, dS = P∘(dP − Δ), dQ += dS·K; the scale is applied once, at the end. Tiles
+are visited as in the forward kernel, whole ones first.
+
+A kernel of its own rather than atomic additions from the dK/dV kernel: two more matrix products a tile, but the result
+is the same bits every time (FlashAttention-2, Dao 2023, adds atomically).
 """
 
 # Kernels are in Triton's language, which checks its own types when it compiles.

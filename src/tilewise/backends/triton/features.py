@@ -24,7 +24,8 @@ BIAS = tl.constexpr(2)
 RELATIVE = tl.constexpr(4)
 ALIBI = tl.constexpr(8)
 SCALED = tl.constexpr(16)
-"""A scale ≤ 0 turns the row maximum around, so the scores are scaled before it is taken."""
+"""A scale below 0 turns the row maximum around, and one of 0 makes −∞·0 of what is masked, so these scores are scaled
+before either."""
 
 OFFSET_FIXED = tl.constexpr(0)
 OFFSET_TENSOR = tl.constexpr(1)

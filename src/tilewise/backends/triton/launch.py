@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from tilewise.backends.base import Operands
+from tilewise.backends.philox import threshold
 from tilewise.backends.triton import configs
 from tilewise.backends.triton.configs import Tile, TileSet
 from tilewise.masks import Causal, Window
@@ -23,6 +24,9 @@ SOFTCAP, BIAS, RELATIVE, ALIBI, SCALED = 1, 2, 4, 8, 16
 
 NO_LIMIT = 1 << 30
 """A window side that reaches further than any sequence; sums with positions stay inside 32 bits."""
+
+SMALLEST_SCALE = 2.0**-126
+"""What is less may be 0 in float32, and the −∞ of a masked score times 0 is no number: such scores are scaled first."""
 
 TMA_SCORES = 1 << 26
 """Scores from which a call takes longer on the device than its descriptors do on the host (about 0.1 ms)."""
@@ -105,7 +109,7 @@ def plan(spec: AttentionSpec) -> TritonPlan:
     score |= RELATIVE if spec.relative is not None else 0
     score |= ALIBI if spec.alibi else 0
     # Any other score feature already scales first.
-    score |= SCALED if spec.scale <= 0.0 else 0
+    score |= SCALED if spec.scale < SMALLEST_SCALE else 0
     if spec.q_offset == "tensor":
         offset_kind, offset = 1, 0
     elif spec.q_offset is not None:
@@ -139,7 +143,7 @@ def plan(spec: AttentionSpec) -> TritonPlan:
         left=_clamp(left),
         right=_clamp(right),
         offset=offset,
-        threshold=signed32(round(spec.dropout * 2**32)),
+        threshold=signed32(threshold(spec.dropout)),
         keep_scale=1.0 / (1.0 - spec.dropout),
         softcap=spec.softcap or 1.0,
         scale=spec.scale,

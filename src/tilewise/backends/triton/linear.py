@@ -67,6 +67,8 @@ class TritonLinear:
     def why_not(self, spec: LinearSpec) -> str | None:
         if spec.dtype not in ("float32", "float16", "bfloat16"):
             return f"its kernels compute in float32 at most, not in {spec.dtype}"
+        if spec.delta:
+            return "it has no kernel for the delta rule"
         largest = largest_state(spec.device)
         if max(spec.head_dim, spec.v_head_dim) > largest:
             return f"it keeps states of up to {largest} features and value columns in registers on {spec.device}"
@@ -200,7 +202,7 @@ class _Call:
         ddecay = None
         if moved_q is not None and moved_k is not None and back.crossing is not None:
             ddecay = self._decay_gradient(moved_q, moved_k, back.crossing)
-        return LinearGradients(dq, dk, dv, ddecay, back.end_s, back.end_z)
+        return LinearGradients(dq, dk, dv, ddecay, None, back.end_s, back.end_z)
 
     def _recur(self, out: Tensor, den: Tensor | None, state: bool) -> LinearResult:
         from tilewise.backends.triton.linear_recurrent import recur

@@ -1,5 +1,9 @@
 """Gradient of a bias by distance, portable: drelative is the sum of dS over the diagonals p − j.
 
+Tiles are square here, so the tiles along one diagonal of tiles hold the same 2·BLOCK − 1 distances, shifted by what the
+sequence's offset leaves modulo BLOCK. The stretches of neighbouring diagonals overlap; `_fold_diagonals` adds them into
+one line, and folds what lies beyond ±R into its ends.
+
 - `diagonal_gradient`: one program owns the tiles of one head whose row tile minus key tile is one number, so that their
   diagonals coincide, and sums along them. It serves the distances below R.
 - `far_gradient`: tiles beyond, all of whose elements fall on the first or last entry; one program a row of tiles.
@@ -284,8 +288,10 @@ def relative_gradient(
     assert relative is not None
     heads, radius = relative.shape[0], relative.shape[1] // 2
     block = prepared.tiles.bias.block_m
-    # Distances inside (−R, R) lie on these diagonals of tiles; no tile lies further out than the longest sequences.
-    reach = min(radius, max(prepared.q_len, prepared.k_len) + abs(prepared.offset)) // block + 2
+    # Distances inside (−R, R) lie on these diagonals of tiles; no tile lies further out than the longest sequences and
+    # the offset, where the host knows that.
+    furthest = max(prepared.q_len, prepared.k_len) + abs(prepared.offset) if operands.q_offset is None else radius
+    reach = min(radius, furthest) // block + 2
     nearest, diagonals = -reach, 2 * reach + 1
     row_tiles = -(-prepared.q_len // block)
     splits = max(1, min(prepared.batch * row_tiles, PROGRAMS // (heads * diagonals)))
@@ -317,9 +323,11 @@ def _fold_diagonals(near: Tensor, far: Tensor, nearest: int, radius: int) -> Ten
     for part in range(parts):
         line[:, part : part + diagonals] += near[:, :, part]
     line = line.flatten(1)
-    # Entry x of the line is the distance first + x; entries up to −R and from R on fold into the ends.
+    # Entry x of the line is the distance first + x; entries up to −R and from R on fold into the ends, which are one
+    # where R = 0.
     first = (nearest - 1) * block + 1
-    lowest, highest = max(-radius - first + 1, 0), max(radius - first, 0)
+    lowest = max(-radius - first + 1, 0)
+    highest = max(radius - first, lowest)
     grad = near.new_zeros(heads, 2 * radius + 1)
     grad[:, 0] = line[:, :lowest].sum(1) + far[0]
     grad[:, 2 * radius] += line[:, highest:].sum(1) + far[1]

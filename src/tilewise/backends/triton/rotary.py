@@ -94,6 +94,8 @@ def rotary(
     INVERSE: tl.constexpr,
     COPY_REST: tl.constexpr,
 ):
+    """out [B, H, N, D]; place_ptr holds positions [1|B, N] with row stride stride_pb, or offsets [B], or nothing, as
+    PLACE says. COPY_REST: out is not x, and the columns beyond the rotated ones are copied."""
     blocks = (n + BLOCK_N - 1) // BLOCK_N
     groups = (heads + heads_each - 1) // heads_each
     first = tl.program_id(0) % groups * heads_each

@@ -24,7 +24,7 @@ STYLE = """
 .scrub { border: 1px solid var(--line); border-radius: 10px; padding: 1rem; margin: 0.8rem 0; }
 .scrub .stage { display: flex; flex-wrap: wrap; gap: 1rem 1.6rem; align-items: flex-start; }
 .scrub svg { flex: none; max-width: 100%; height: auto; }
-.scrub svg text { font-size: 10px; fill: var(--text); font-family: ui-monospace, Menlo, Consolas, monospace; }
+.scrub svg text { font-size: 8px; fill: var(--text); font-family: ui-monospace, Menlo, Consolas, monospace; }
 .scrub .cell { fill: var(--card); stroke: var(--line); }
 .scrub .done { fill: var(--mark); }
 .scrub .now { fill: var(--good-tint); stroke: var(--good); }
@@ -67,7 +67,7 @@ SCRIPT = """
       root.querySelector("tbody").innerHTML = rows;
       out.textContent = "step " + (step + 1) + " of " + t.frames.length + ": Q tile " + f.row_tile + ", K/V tile " +
         f.col_tile + " · read " + f.bytes_read + " B, written " + f.bytes_written + " B · on chip " + f.on_chip_bytes +
-        " B · " + f.rescalings + " rescalings, " + f.divisions + " divisions";
+        " B · rescalings: " + f.rescalings + ", divisions: " + f.divisions;
     }
     function go(step) {
       range.value = Math.max(0, Math.min(t.frames.length - 1, step));

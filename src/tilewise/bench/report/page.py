@@ -42,7 +42,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Table:
-    """`text_columns` are aligned left, all others right; rows whose first cell is in `marked` stand out."""
+    """`caption` may be empty; `text_columns` are aligned left, all others right; rows that begin as one of `marked` do
+    stand out."""
 
     caption: str
     columns: tuple[str, ...]
@@ -93,16 +94,24 @@ def render(page: Page) -> str:
 
 
 def write(page: Page, path: Path) -> None:
-    """Renders to `path` in one step: a reader never sees half a report, a failure leaves the old one.
+    """Renders to `path`, as `write_whole` does.
 
     Raises:
         OSError: the folder is missing or not writable.
     """
-    html = render(page)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    write_whole(render(page), path)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Writes a file in one step: whoever reads or interrupts finds the old file or the new one.
+
+    Raises:
+        OSError: the folder is missing or not writable.
+    """
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(html)
+            file.write(text)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:

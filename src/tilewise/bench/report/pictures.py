@@ -15,7 +15,7 @@ def bars(title: str, values: Mapping[str, float], text: Callable[[float], str]) 
     if not values:
         return ""
     row, right = 26, 96
-    left = max(130, round(7.4 * max(map(len, values))) + 16)
+    left = max(130, round(9 * max(map(len, values))) + 12)
     top = max(values.values()) or 1.0
     height = row * len(values) + 8
     parts = [_open(title, _WIDTH, height)]

@@ -26,7 +26,7 @@ def roofline_chart(title: str, peak: float, bandwidth: float, points: Sequence[P
 
     Args:
         peak: FLOP/s of the flat part; `bandwidth`: bytes/s of the slope.
-        points: what to place; a label stands beside the filled dot, or above the hollow one where nothing was measured.
+        points: what to place; a label stands beside the filled dot, or the hollow one where nothing was measured.
     """
     ridge = peak / bandwidth
     low = min([ridge / 64, *(point.intensity / 2 for point in points)])
@@ -53,23 +53,23 @@ def roofline_chart(title: str, peak: float, bandwidth: float, points: Sequence[P
         f'<path class="axis" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>',
         f'<path class="limit" d="M{x(low):.1f} {y(low * bandwidth):.1f}L{x(ridge):.1f} {y(peak):.1f}'
         f'H{WIDTH - RIGHT}"/>',
-        f'<text class="label" x="{WIDTH - RIGHT}" y="{y(peak) - 7:.1f}" text-anchor="end">'
-        f"{units.significant(peak / 1e12)} TFLOP/s</text>",
+        f'<text class="label" x="{WIDTH - RIGHT}" y="{y(peak) - 7:.1f}" text-anchor="end">{units.rate(peak)}</text>',
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
         "FLOP a byte; y: GFLOP/s</text>",
     ]
-    parts += [_dot(point, x, y) for point in points]
+    parts += [_dot(point, x, y, sloping=point.intensity < ridge) for point in points]
     return "".join([*parts, "</svg>"])
 
 
-def _dot(point: Point, x: LogScale, y: LogScale) -> str:
+def _dot(point: Point, x: LogScale, y: LogScale, *, sloping: bool) -> str:
     px, py = x(point.intensity), y(point.attainable)
     found = [
         f'<g class="series series-{point.style}">',
         f'<g><circle cx="{px:.1f}" cy="{py:.1f}" r="5" class="marker hollow"/>'
         f"<title>{escape(point.name)}, attainable: {units.significant(point.attainable / 1e9)} GFLOP/s</title></g>",
     ]
-    label_x, label_y, anchor = px - 8, py - 8, "start" if px < LEFT + 70 else "end"
+    # Beside the slope there is room to the right of a dot, under the flat part below it.
+    label_x, label_y, anchor = (px + 9, py + 5, "start") if sloping else (px, py + 20, "middle")
     if point.measured:
         my = y(point.measured)
         label_x, label_y, anchor = (px + 9, my + 4, "start") if px < 0.7 * WIDTH else (px - 9, my + 4, "end")

@@ -44,6 +44,12 @@ def size(count: float) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text}{SPACE}{_BYTES[power]}"
 
 
+def rate(flops: float) -> str:
+    """FLOP/s: 1.379e11 → "138 GFLOP/s"."""
+    factor, unit = (1e-12, "TFLOP/s") if flops >= 1e12 else (1e-9, "GFLOP/s")
+    return f"{significant(flops * factor)}{SPACE}{unit}"
+
+
 def error(value: float) -> str:
     """An error to two digits: 3.1e-07."""
     return "0" if value == 0 else f"{value:.1e}"

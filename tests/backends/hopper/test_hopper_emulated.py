@@ -1,0 +1,119 @@
+"""The Hopper kernels' own source, run on the CPU by emulator.py: results, barriers, buffers and addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+import emulator
+from backward_problems import ROUNDING, exact, make, ours, worst_error
+from hopper_cases import DEVICE, NAMED, assert_right, problem
+
+from tilewise.backends.hopper.configs import D64_SHORT, D128
+from tilewise.backends.hopper.launch import forward, plan
+from tilewise.backends.triton import interpreting
+from tilewise.masks import BigBird, Mask, PerHead, Prefix, Random, Window
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" or interpreting(), reason="the kernels run themselves there")
+
+FAR = 2**31 - 1
+LENGTHS = ([70, 1, 0, 133], [70, 7, 20, 0])
+FORWARD: dict[str, dict[str, Any]] = {
+    "causal": {"n": 300, "m": 411, "heads": 2, "causal": True},
+    "window": {"n": 290, "m": 333, "batch": 1, "window": (100, 37), "softcap": 3.0, "sink": True},
+    "packed": {"lengths": LENGTHS, "causal": True, "sink": True},
+}
+MASKS: dict[str, tuple[Mask, dict[str, Any]]] = {
+    "blocks": (BigBird(64, 3, 1, 2), {"n": 300, "m": 500, "heads": 2}),
+    "heads": (PerHead([Random(2), Window(100, 0), Prefix(70), Window(3, 3)]), {"n": 200, "m": 300, "batch": 1}),
+}
+BACKWARD: dict[str, dict[str, Any]] = {
+    "causal": {"n": 300, "m": 233, "heads": 3, "kv_heads": 1, "causal": True, "dlse": True},
+    "window": {"n": 277, "m": 300, "batch": 1, "window": (70, 33), "softcap": 1.7, "sink": True},
+    "packed": {"lengths": [(100, 130), (1, 64), (0, 9), (40, 0)], "causal": True},
+    "map": {"n": 315, "m": 277, "batch": 1, "mask": "window(100, 20) | global([0:3])"},
+}
+EXTREMES: list[dict[str, Any]] = [
+    {"offset": FAR, "window": (5, None)},
+    {"offset": [FAR], "causal": True},
+    {"offset": -FAR, "window": (None, FAR)},
+    {"offset": [-FAR], "window": (5, 7)},
+    {"offset": 3, "window": (FAR, FAR)},
+]
+
+
+@pytest.mark.parametrize("case", FORWARD)
+@pytest.mark.parametrize("name", NAMED)
+def test_forward(name: str, case: str) -> None:
+    with emulator.emulating():
+        assert_right(NAMED[name], dtype=torch.float16, **FORWARD[case])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", ["D64_NARROW", "D256"])
+def test_map(name: str, mask: str) -> None:
+    value, options = MASKS[mask]
+    with emulator.emulating():
+        assert_right(NAMED[name], mask=value, dtype=torch.float16, **options)
+
+
+@pytest.mark.parametrize("case", BACKWARD)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_backward(dim: int, case: str) -> None:
+    given = make(dim=dim, dtype="float16", **BACKWARD[case])
+    out, lse, grads = exact(given)
+    with emulator.emulating():
+        assert worst_error(ours(given, out, lse), grads) < ROUNDING["float16"]
+
+
+@pytest.mark.parametrize("options", EXTREMES, ids=str)
+def test_offsets_and_windows_at_the_ends_of_int32(options: dict[str, Any]) -> None:
+    with emulator.emulating():
+        assert_right(D64_SHORT, n=130, m=140, batch=1, heads=2, dtype=torch.float16, **options)
+    offset = options["offset"]
+    rest = {name: x for name, x in options.items() if name != "offset"}
+    rest |= {"offsets": offset} if isinstance(offset, list) else {"q_offset": offset}
+    given = make(n=130, m=140, batch=1, heads=2, dtype="float16", **rest)
+    out, lse, grads = exact(given)
+    with emulator.emulating():
+        assert worst_error(ours(given, out, lse), grads) < ROUNDING["float16"]
+
+
+def test_three_stages() -> None:
+    """No configuration that can be chosen has them; measured once, they make packed sequences at D = 128 faster."""
+    config = D128._replace(block_n=64, stages=3)
+    with emulator.emulating(processors=2):
+        assert_right(config, lengths=([300, 70], [300, 333]), causal=True, dtype=torch.float16)
+
+
+def test_tokens_that_belong_to_no_sequence() -> None:
+    operands, spec = problem(None, dims=(64, 64), lengths=([40, 60], [40, 60]), dtype=torch.float16)
+    nowhere = torch.zeros(3, dtype=torch.int32)
+    with emulator.emulating():
+        out, _ = forward(operands._replace(cu_seqlens_q=nowhere, cu_seqlens_k=nowhere), spec, plan(spec))
+    assert out.isnan().all()  # as it was allocated
+
+
+FAULTS = [
+    ("        fence_async_shared()\n", "", "fenced"),
+    ("            store_wait(0)\n        out_s", "            pass\n        out_s", "still reads"),
+    ("mbarrier.wait(call.q_free.index(w), (count & 1) ^ 1)", "pass", "changed under a product"),
+    ("warpgroup_mma_wait(0, deps=[acc_issued, w", "warpgroup_mma_wait(1, deps=[acc_issued, w", "before it is done"),
+    (">= call.STAGES:\n        barrier_sync(V", "> call.STAGES:\n        barrier_sync(V", "twice|more arrivals"),
+    ("mbarrier.arrive(call.q_free.index(W), count=1)", "pass", "deadlock"),
+]
+
+
+@pytest.mark.parametrize(("was", "becomes", "words"), FAULTS, ids=[words for _, _, words in FAULTS])
+def test_the_emulator_finds(was: str, becomes: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fault, put into the kernel's source, is found."""
+    source = emulator.inspect.getsource
+    monkeypatch.setattr(emulator.inspect, "getsource", lambda function: source(function).replace(was, becomes))
+    emulator.functions.cache_clear()
+    with pytest.raises(AssertionError, match=words), emulator.emulating():
+        assert_right(D64_SHORT, n=500, m=500, causal=True, dtype=torch.float16)
+    emulator.functions.cache_clear()
