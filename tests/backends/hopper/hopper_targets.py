@@ -51,8 +51,8 @@ BACKWARD_SPILLS = {
     64: {"full": (0, 16), "tail": (0, 16), "causal": (16, 16), "shifted": (16, 16), "offsets": (24, 24),
          "window": (16, 24), "left": (16, 16), "map": (24, 40), "packed": (0, 0), "packed-causal": (56, 56),
          "packed-window": (0, 8)},
-    128: {"full": (32, 48), "tail": (32, 48), "causal": (72, 72), "shifted": (72, 72), "offsets": (72, 72),
-          "window": (72, 72), "left": (64, 64), "map": (152, 248), "packed": (40, 48), "packed-causal": (80, 80),
+    128: {"full": (32, 48), "tail": (32, 48), "causal": (72, 80), "shifted": (72, 80), "offsets": (80, 80),
+          "window": (72, 80), "left": (64, 64), "map": (152, 248), "packed": (40, 48), "packed-causal": (80, 80),
           "packed-window": (80, 88)},
 }  # fmt: skip
 """Bytes of stack a thread without and with a soft cap, the most of Triton 3.6.0 and 3.7.1. The loop over fully visible
