@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tilewise
 from tilewise.caches import RecurrentCache
 from tilewise.errors import UnsupportedError
 from tilewise.reference.linear import LinearState
@@ -56,6 +57,23 @@ def test_what_a_sum_cannot_undo_is_refused() -> None:
     assert cache.lengths.tolist() == [4, 0, 4]
     cache.fork(0, 1, tokens=4)
     assert torch.equal(cache.state.s[0], cache.state.s[1])
+
+
+def test_made_in_inference_mode_and_used_outside() -> None:
+    with torch.inference_mode():
+        cache = filled().to("cpu")
+    with torch.no_grad():
+        cache.update(cache.state, 2, cache.tail)
+        cache.reorder(torch.tensor([2, 0, 1]))
+        cache.fork(0, 1)
+        cache.free(2)
+    assert cache.lengths.tolist() == [6, 6, 0]
+    module = tilewise.nn.RWKV6TimeMix(4, 2)
+    with torch.inference_mode():
+        cache = module.make_cache(1)
+        module(torch.ones(1, 3, 4), cache=cache)
+    module(torch.ones(1, 2, 4), cache=cache).sum().backward()
+    assert cache.lengths.tolist() == [5]
 
 
 def test_a_state_comes_back_from_its_dict() -> None:

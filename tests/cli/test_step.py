@@ -63,9 +63,10 @@ def test_ours_alone_and_recomputing(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run([*TINY, "--with", "sdpa"]) == BAD_USAGE
     assert "Fix: pip install 'tilewise[hf]', or --with ours" in capsys.readouterr().err
+    assert run(["step", "--length", "1,64", "--with", "ours"]) == BAD_USAGE
+    assert "one token has none to predict" in capsys.readouterr().err
     losses = []
     for saving in ("none", "block"):
-        assert module.step.callback
         makers = module._makers(33, module.SIZES["tiny"], ("ours",), saving)
         losses.append(module._turn(makers["ours"], torch.arange(66).reshape(2, 33), 1)[2])
     assert losses[0] == losses[1]

@@ -26,17 +26,30 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.py"
+def text_in(folder: Path) -> Path:
+    path = folder / "text.py"
     path.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(400)))
     return path
 
 
-def test_killed_and_resumed(text: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return text_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The final file of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("never_stopped")
+    assert run(["train", str(text_in(folder)), "--out", str(folder / "out"), *TINY]) == OK
+    return (folder / "out" / "model.safetensors").read_bytes()
+
+
+def test_killed_and_resumed(
+    text: Path, tmp_path: Path, never_stopped: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL before the first checkpoint, and again between two later ones."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert subprocess.run([*COMMAND, "train", str(text), "--out", str(whole), *TINY], check=False).returncode == OK
+    killed = tmp_path / "killed"
     arguments = [str(text), *TINY]
     for lines in (1, 7):
         process = subprocess.Popen([*COMMAND, "train", "--out", str(killed), *arguments], stderr=subprocess.DEVNULL)
@@ -50,23 +63,24 @@ def test_killed_and_resumed(text: Path, tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL
         arguments = ["--resume"]
     assert not (killed / "model.safetensors").exists()
-    done = subprocess.run(
-        [*COMMAND, "train", "--out", str(killed), "--resume", "--json"], capture_output=True, check=False
-    )
-    assert done.returncode == OK, done.stderr
-    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    said = json.loads(done.stdout)
+    capsys.readouterr()
+    assert run(["train", "--out", str(killed), "--resume", "--json"]) == OK
+    assert (killed / "model.safetensors").read_bytes() == never_stopped
+    said = json.loads(capsys.readouterr().out)
     assert said["held_out_loss"] < said["unigram_entropy"]
     assert len(list(killed.glob("step-*"))) == 3
 
 
 def test_stopped_by_what_comes_from_outside(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: Path,
+    tmp_path: Path,
+    never_stopped: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ctrl-C, and a disk that is full while a checkpoint, a measurement and the final weights are written: the last
     checkpoint stays, and the run that goes on from it ends like one that was never stopped."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert run(["train", str(text), "--out", str(whole), *TINY]) == OK
+    out = tmp_path / "out"
     drawn = Shards.batch
 
     def interrupted(self: Shards, seed: int, step: int, *arguments: Any, **options: Any) -> Any:
@@ -94,7 +108,7 @@ def test_stopped_by_what_comes_from_outside(
         assert "step-0000020.safetensors" in said
         assert [path.name for path in out.glob("*step*")] == ["step-0000020.safetensors"]
     assert run(["train", "--out", str(out), "--resume", "--json"]) == OK
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == never_stopped
     capsys.readouterr()
     saved = checkpoints.write
 
@@ -108,7 +122,7 @@ def test_stopped_by_what_comes_from_outside(
         assert run(["train", str(text), "--out", str(tmp_path / "late"), *TINY]) == FAILED
     assert "step-0000100.safetensors" in capsys.readouterr().err
     assert run(["train", "--out", str(tmp_path / "late"), "--resume"]) == OK
-    assert (tmp_path / "late" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (tmp_path / "late" / "model.safetensors").read_bytes() == never_stopped
 
 
 def test_damaged_runs(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from typing import Any
 
 import mask_oracle
@@ -19,6 +18,7 @@ from tilewise.masks.arrays import Held
 from tilewise.masks.compiler import settle
 from tilewise.masks.device import encode_on_device
 from tilewise.masks.tensors import TileTensors
+from waiting import never_wait
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
 
@@ -97,12 +97,6 @@ def test_every_mask_on_its_own(kind: str, there: bool) -> None:
         check(mask_oracle.leaf(kind, rng, problem, headed=True), problem, there)
 
 
-def never_wait(on: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error" if on else "default")
-
-
 @pytest.mark.gpu
 def test_on_an_accelerator_without_waiting() -> None:
     device = torch.device("cuda")
@@ -124,11 +118,8 @@ def test_on_an_accelerator_without_waiting() -> None:
             want = host.to_dense(n, m, offset=offset, heads=2)
             moved = None if offset is None else offset.to(device)
             for transposed in (False, True):
-                never_wait(True)
-                try:
+                with never_wait():
                     tiles = tensors.tile_map(mask, n, m, offset=moved, device=device, heads=2, transposed=transposed)
-                finally:
-                    never_wait(False)
                 assert tiles.bits.device.type == "cuda"
                 got = decode(TileTensors(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in tiles)))
                 got = got.swapaxes(2, 3) if transposed else got

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tilewise
 from decode_cases import FEATURES, LAYOUTS, check, fill, make_cache
 from tilewise.caches import KV, DenseCache, PagedCache
 from tilewise.errors import UnsupportedError
-from tilewise.ops.decode import _tree_matrix
+from tilewise.ops.decode import _paths, _tree_matrix
 from tilewise.ops.views import KVView
 
 BACKENDS = ("standard", "tiled")
@@ -271,9 +272,11 @@ def test_explain_decode_names_what_it_does_not_know() -> None:
 def test_a_tree_is_its_mask(parents: list[int]) -> None:
     tree = tilewise.masks.Tree(parents)
     for tokens in (len(parents), len(parents) + 1, 30):
-        found = _tree_matrix(tree, tokens, torch.device("cpu"))
-        assert (found[0].numpy() == tree.to_dense(tokens, tokens)).all()
-    assert _tree_matrix(tilewise.masks.Tree(parents), 30, torch.device("cpu")) is found
+        want = torch.from_numpy(tree.to_dense(tokens, tokens))[None]
+        kept = _tree_matrix(tree, tokens, torch.device("cpu"))
+        assert torch.equal(kept, want)
+        assert torch.equal(_paths(torch.tensor(parents), tokens, torch.device("cpu")), want)
+    assert _tree_matrix(tilewise.masks.Tree(parents), 30, torch.device("cpu")) is kept
 
 
 def test_a_tree_inside_a_compiled_function() -> None:
@@ -297,6 +300,30 @@ def test_vmap() -> None:
         warnings.simplefilter("error")  # PyTorch's own rule is a loop, too, but warns of it
         found = torch.func.vmap(lambda x: tilewise.attention_decode(x, view))(q)
     torch.testing.assert_close(found, torch.stack([tilewise.attention_decode(x, view) for x in q]))
+
+
+def test_vmap_over_lengths_and_starts() -> None:
+    q, k = torch.randn(3, 2, 4, 2, 8), torch.randn(2, 2, 10, 8)
+    lengths = torch.tensor([[3, 10], [5, 2], [9, 9]], dtype=torch.int32)
+
+    def decode(x: Tensor, n: Tensor) -> Tensor:
+        return tilewise.attention_decode(x, KVView(k, k, n, start=n // 2))
+
+    found = torch.func.vmap(decode)(q, lengths)
+    torch.testing.assert_close(found, torch.stack([decode(x, n) for x, n in zip(q, lengths, strict=True)]))
+
+
+def test_tensors_without_values() -> None:
+    """Nothing of them is kept for tensors that have values."""
+    tree = tilewise.masks.Tree([-1, 0, 0, 2, 1])
+
+    def step() -> Tensor:
+        k, lengths = torch.randn(2, 2, 10, 8), torch.tensor([6, 10], dtype=torch.int32)
+        return tilewise.attention_decode(torch.randn(2, 4, 5, 8), KVView(k, k, lengths), mask=tree)
+
+    with FakeTensorMode():
+        assert step().shape == (2, 4, 5, 8)
+    assert type(step()) is Tensor
 
 
 def test_opcheck() -> None:

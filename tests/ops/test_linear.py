@@ -398,7 +398,6 @@ def test_transforms(kind: str) -> None:
 
 
 # PyTorch's own first jvp in a process warns about a part of itself.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("kind", TRANSFORMED)
 def test_what_would_be_silently_zero_is_refused(kind: str) -> None:
     given = case(kind, 20, batch=1)

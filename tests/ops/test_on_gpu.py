@@ -86,8 +86,9 @@ def test_compiled_graphs(dynamic: bool) -> None:
 
 
 def test_opcheck() -> None:
-    q = torch.randn(1, 4, 70, 64, device="cuda", dtype=torch.float16, requires_grad=True)
-    arguments = build(q, q, q, causal=True, dropout=0.2, backend="triton").seeded()
+    # Three tensors: the gradients of one that is all three are added in another order when traced.
+    q, k, v = (torch.randn(1, 4, 70, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in "qkv")
+    arguments = build(q, k, v, causal=True, dropout=0.2, backend="triton").seeded()
     torch.library.opcheck(attention_op, tuple(arguments))
 
 

@@ -110,7 +110,6 @@ def test_transforms_and_lazily_negated_tensors(qkv: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(grad, torch.autograd.grad(standard(leaf, k, v).square().sum(), leaf)[0])
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # by PyTorch, for its own forward mode
 def test_autocast_inference_and_forward_mode(qkv: tuple[Tensor, ...]) -> None:
     q, k, v = qkv
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -185,7 +185,6 @@ def test_output_keeps_the_order_in_memory() -> None:
     assert torch.equal(rotary(spread), rotary(spread.contiguous()))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # PyTorch's own, in forward mode
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_gradients(interleaved: bool) -> None:
     x = torch.randn(2, 2, 5, 10, dtype=torch.float64, requires_grad=True)

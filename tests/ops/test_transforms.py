@@ -38,7 +38,6 @@ def test_vmap_and_gradients_a_sample() -> None:
 
 
 # PyTorch's own first jvp in a process warns about a part of itself.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_forward_mode_is_refused_and_the_reference_takes_it() -> None:
     q = torch.randn(1, 2, 10, 8)
     with pytest.raises(NotImplementedError, match="forward-mode differentiation: tilewise attention has reverse mode"):

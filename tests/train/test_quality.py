@@ -1,18 +1,15 @@
-"""Quality against cost: rows are what was measured, a stopped run goes on, and the costs are those of the shapes."""
+"""Quality against cost: rows are what was measured, and a stopped run goes on."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tilewise.models import GPT, GPTConfig
-from tilewise.models.gpt import MECHANISMS
 from tilewise.train import quality
 from tilewise.train.loop import METRICS, Step, read_metrics
-from tilewise.train.quality import Plan, Row, Stage, main, measure, read_rows, step_flops, table
+from tilewise.train.quality import Plan, Row, Stage, main, measure, read_rows, table
 
 TINY = Plan(
     (Stage(17, 2, 2, 3), Stage(33, 4, 1, 2)), text_steps=3, dim=16, layers=1, vocab=24, tokens=99, length=33,
@@ -52,9 +49,7 @@ def test_half_a_line_is_measured_again(tmp_path: Path) -> None:
     assert [json.loads(line)["mechanism"] for line in lines] == ["linear", "mha"]
 
 
-def test_interrupted_in_the_middle_it_ends_with_the_same_answer(
-    tmp_path: Path,
-) -> None:
+def test_interrupted_in_the_middle_it_ends_with_the_same_answer(tmp_path: Path) -> None:
     plan = Plan((Stage(17, 2, 2, 60),), text_steps=1, dim=16, layers=1, vocab=24, tokens=51, length=33, tested=8)
     (whole,) = measure(plan, tmp_path / "whole", mechanisms=("mha",), tasks=("recall",))
     steps: list[int] = []
@@ -79,33 +74,6 @@ def test_another_plan_does_not_mix_with_what_is_there(tmp_path: Path) -> None:
     other = Plan(TINY.stages, text_steps=9, dim=16, layers=1, vocab=24, tokens=99, length=33, lr=1e-3)
     with pytest.raises(ValueError, match="measured with another text_steps, lr, characters, tested"):
         list(measure(other, tmp_path, mechanisms=("mha",)))
-
-
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_flops_are_six_a_weight_and_what_mixing_takes(mechanism: str) -> None:
-    """Against plain counts: visible pairs one by one for softmax, and for states a bound from their own size."""
-    n, dim, layers, heads, batch = 97, 32, 2, 2, 3
-    model = GPT(GPTConfig(50, n, dim, layers, heads, mechanism, window=16))
-    attn = model.blocks[0].attn
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name)
-    mixing = step_flops(model, batch, n) - 6 * batch * n * weights
-    if hasattr(attn, "make_cache"):
-        state = attn.head_dim * attn.v_head_dim
-        chunk = 64 * (attn.head_dim + attn.v_head_dim)
-        each = 3 * layers * batch * heads * n
-        assert each * 4 * state < mixing < each * (4 * state + 2 * chunk)
-        return
-    rule = MECHANISMS[mechanism].mask
-    dense = np.tril(np.ones((n, n), bool))
-    if mechanism == "window":
-        dense &= np.triu(np.ones((n, n), bool), -16)
-    if rule is not None:
-        mask = rule(model.config, n)
-        assert mask is not None
-        dense = dense & mask.to_dense(n, n)
-    visible = dense.mean() * n * n
-    qk, v = (24, 16) if mechanism == "mla" else (16, 16)
-    assert mixing == pytest.approx(layers * 2 * batch * heads * visible * (4 * qk + 3 * v))
 
 
 def test_the_table_has_a_line_a_mechanism_best_recall_first() -> None:

@@ -11,6 +11,7 @@ The helper itself never computes, as a process whose OpenMP threads are running 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -46,6 +47,7 @@ def measurable(device: torch.device) -> bool:
 
 def cuda_peak(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that `call` holds at its peak beyond what was held before it."""
+    gc.collect()  # garbage that went meanwhile would count as less
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tilewise.caches.contents import KV, check_sizes
+from tilewise.caches.contents import KV
 from tilewise.errors import bad_type, bad_value
+from tilewise.ops import checks
 from tilewise.ops.append import append_kv
 from tilewise.ops.views import KVView
 
@@ -121,7 +122,7 @@ class SlotCache:
         """`pools`: how many pages of how many tokens are there."""
         if not isinstance(contents, KV):
             raise bad_type("contents", contents, "KV, Latent or Int8", "KV(kv_heads, head_dim)")
-        check_sizes(batch=batch, capacity=capacity)
+        checks.whole(batch=batch, capacity=capacity)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise bad_type("dtype", str(dtype), "a floating-point dtype", "Int8 contents store int8")
         self.contents = contents

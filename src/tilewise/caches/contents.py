@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise.errors import bad_type, bad_value
-
-
-def check_sizes(**sizes: object) -> None:
-    """Raises TypeError or ValueError unless each is an int of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise bad_type(name, size, "an int")
-        if size < 1:
-            raise bad_value(name, size, "at least 1")
+from tilewise.ops import checks
 
 
 class Pools(NamedTuple):
@@ -47,7 +39,7 @@ class KV:
     """Dv; None is D."""
 
     def __post_init__(self) -> None:
-        check_sizes(kv_heads=self.kv_heads, head_dim=self.head_dim, v_head_dim=self.v_dim)
+        checks.whole(kv_heads=self.kv_heads, head_dim=self.head_dim, v_head_dim=self.v_dim)
 
     @property
     def v_dim(self) -> int:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise.caches.contents import KV, Pools, check_sizes, check_tokens
+from tilewise.caches.contents import KV, Pools, check_tokens
 from tilewise.errors import bad_type, bad_value
+from tilewise.ops import checks
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -20,7 +21,7 @@ class Latent(KV):
     """
 
     def __init__(self, kv_rank: int, rope_dim: int) -> None:
-        check_sizes(kv_rank=kv_rank)
+        checks.whole(kv_rank=kv_rank)
         if isinstance(rope_dim, bool) or not isinstance(rope_dim, int):
             raise bad_type("rope_dim", rope_dim, "an int")
         if rope_dim < 0:

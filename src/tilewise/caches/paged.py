@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tilewise.caches.base import SlotCache, integers
-from tilewise.caches.contents import KV, check_sizes
+from tilewise.caches.contents import KV
 from tilewise.errors import bad_value
+from tilewise.ops import checks
 
 ABSENT = -1
 
@@ -49,9 +50,9 @@ class PagedCache(SlotCache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_sizes(pages=pages, page_size=page_size)
+        checks.whole(pages=pages, page_size=page_size)
         if capacity is not None:
-            check_sizes(capacity=capacity)
+            checks.whole(capacity=capacity)
         columns = pages if capacity is None else -(-capacity // page_size)
         super().__init__(contents, batch, columns * page_size, (pages, page_size), dtype, device)
         self.page_size = page_size

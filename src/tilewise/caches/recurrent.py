@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tilewise.caches.base import Rows, integers
-from tilewise.caches.contents import check_sizes
 from tilewise.errors import UnsupportedError, bad_value
+from tilewise.ops import checks
 from tilewise.reference.linear import LinearState
 
 
@@ -47,15 +47,17 @@ class RecurrentCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_sizes(heads=heads, features=features, v_head_dim=v_head_dim, batch=batch, tail=tail or 1)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._tensors = {"s": torch.zeros(batch, heads, features, v_head_dim, dtype=dtype, device=device)}
+        checks.whole(heads=heads, features=features, v_head_dim=v_head_dim, batch=batch, tail=tail or 1)
+        shapes: dict[str, tuple[int, ...]] = {"s": (batch, heads, features, v_head_dim)}
         if normalized:
-            self._tensors["z"] = torch.zeros(batch, heads, features, dtype=dtype, device=device)
+            shapes["z"] = (batch, heads, features)
         if shifted:
-            self._tensors["shift"] = torch.zeros(batch, heads, dtype=dtype, device=device)
+            shapes["shift"] = (batch, heads)
         if tail:
-            self._tensors["tail"] = torch.zeros(batch, tail, dtype=dtype, device=device)
+            shapes["tail"] = (batch, tail)
+        with torch.inference_mode(False):  # whose tensors nothing outside of it may write to
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            self._tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         self._bound = 0
         self.reset()
 
@@ -103,10 +105,13 @@ class RecurrentCache:
 
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """See `Lifecycle.reorder`."""
-        rows = integers("indices", indices).reshape(-1).tolist()
-        if len(rows) != self.batch:
-            raise bad_value("indices", f"{len(rows)} indices", f"one for each of the {self.batch} sequences")
-        order = torch.tensor(self._check_rows("indices", rows), device=self.lengths.device)
+        if isinstance(indices, Tensor) and indices.dtype in (torch.int32, torch.int64) and indices.device.type != "cpu":
+            order = indices.reshape(-1)  # its values are not read: that would stall the stream
+        else:
+            order = torch.tensor(self._check_rows("indices", indices), dtype=torch.int64)
+        if len(order) != self.batch:
+            raise bad_value("indices", f"{len(order)} indices", f"one for each of the {self.batch} sequences")
+        order = order.to(self.lengths.device)
         for x in (self.lengths, *self._tensors.values()):
             x.copy_(x[order])
 
@@ -114,18 +119,18 @@ class RecurrentCache:
         """See `Lifecycle.fork`; all tokens or none."""
         self._check_rows("source", source)
         rows = self._check_rows("destinations", destinations)
-        held = int(self.lengths[source])
-        count = held if tokens is None else int(integers("tokens", tokens))
-        if not 0 <= count <= held:
-            raise bad_value("tokens", count, f"0 to {held}, the tokens of sequence {source}")
-        if count not in (0, held):
-            raise UnsupportedError(
-                f"tokens={count}: a recurrent state is a sum over all {held} tokens; the last ones cannot be taken "
-                "from it. Fix: fork before appending them"
-            )
-        if count == 0:
-            self.free(rows)
-            return
+        if tokens is not None:
+            held, count = int(self.lengths[source]), int(integers("tokens", tokens))
+            if not 0 <= count <= held:
+                raise bad_value("tokens", count, f"0 to {held}, the tokens of sequence {source}")
+            if count not in (0, held):
+                raise UnsupportedError(
+                    f"tokens={count}: a recurrent state is a sum over all {held} tokens; the last ones cannot be taken "
+                    "from it. Fix: fork before appending them"
+                )
+            if count == 0:
+                self.free(rows)
+                return
         for x in (self.lengths, *self._tensors.values()):
             x[rows] = x[source].clone()
 
@@ -159,8 +164,9 @@ class RecurrentCache:
 
     def to(self, device: torch.device | str) -> Self:
         """See `Lifecycle.to`."""
-        self.lengths = self.lengths.to(device)
-        self._tensors = {name: x.to(device) for name, x in self._tensors.items()}
+        with torch.inference_mode(False):
+            self.lengths = self.lengths.to(device)
+            self._tensors = {name: x.to(device) for name, x in self._tensors.items()}
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -177,7 +183,7 @@ class RecurrentCache:
             x.copy_(state[name])
         self._bound = int(self.lengths.max())
 
-    def _check_rows(self, name: str, rows: Rows) -> list[int]:
+    def _check_rows(self, name: str, rows: Rows | Tensor) -> list[int]:
         picked = integers(name, rows).reshape(-1).tolist()
         for row in picked:
             if not 0 <= row < self.batch:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from tilewise.caches.base import Rows
-from tilewise.caches.contents import KV, check_sizes
+from tilewise.caches.contents import KV
 from tilewise.caches.dense import DenseCache
 from tilewise.errors import bad_type, bad_value
+from tilewise.ops import checks
 
 UNBOUNDED = 2**31 - 1
 
@@ -44,7 +45,7 @@ class RollingCache(DenseCache):
             raise bad_type("window", window, "a number of tokens", "window=256 for a module's window=(256, 0)")
         if window < 0:
             raise bad_value("window", window, "a number of tokens, at least 0")
-        check_sizes(slack=slack)
+        checks.whole(slack=slack)
         super().__init__(contents, batch, window + slack, dtype=dtype, device=device)
         self.slack = slack
         self._longest = np.zeros(batch, np.int64)

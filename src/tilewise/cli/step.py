@@ -94,6 +94,8 @@ def step(
     if set(names) - {OURS} and find_spec("transformers") is None:
         fix = "pip install 'tilewise[hf]', or --with ours"
         raise click.UsageError(f"--with: Transformers is not installed. Fix: {fix}", ctx)
+    if length[0] < 2:
+        raise click.BadParameter("one token has none to predict; wants at least 2", param_hint="--length")
     where = pick_device(device)
     sizes = SIZES[size] if size != "auto" else SIZES["medium" if where.type == "cuda" else "tiny"]
     rows: list[Row] = []
@@ -161,10 +163,14 @@ def _makers(
     theirs: Any = None
     if set(names) - {OURS}:
         from transformers import GPT2LMHeadModel
+        from transformers.utils import logging
 
         from tilewise.integrations.transformers import register
 
         register()
+        # It warns of token ids that a small vocabulary lacks, and of a loss that it then chooses as it should.
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             save_gpt2(own, folder)
             theirs = GPT2LMHeadModel.from_pretrained(folder)

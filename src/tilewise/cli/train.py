@@ -29,9 +29,6 @@ RUN = "run.json"
 
 TOKENS = "tokens"
 
-_NOT_SETTINGS = ("out", "resume", "keep", "as_json")
-"""Options that a resumed run may have anew."""
-
 
 @click.command(short_help="Train a small GPT on real text, with any mechanism.")
 @click.argument("text", nargs=-1, type=click.Path(path_type=Path))
@@ -186,9 +183,9 @@ def _train(
 
 
 def _settings(ctx: click.Context, out: Path, resume: bool, given: dict[str, Any], *, write: bool) -> dict[str, Any]:
-    """What the run is, from the command line or from the run that is resumed."""
-    wanted = {name: value for name, value in given.items() if name not in _NOT_SETTINGS}
-    wanted["text"] = [str(path.absolute()) for path in given["text"]]
+    """What the run is, from the command line or from the run that is resumed. `given` has no option that a resumed run
+    may have anew."""
+    wanted = given | {"text": [str(path.absolute()) for path in given["text"]]}
     path = out / RUN
     if not resume:
         if write:

@@ -20,7 +20,6 @@ from tilewise import nn as modules
 from tilewise.caches import KV, DenseCache, Latent
 from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.masks import BigBird, Documents, Longformer, Mask
-from tilewise.nn.attention import whole
 from tilewise.ops import checks
 from tilewise.ops.cross_entropy import linear_cross_entropy
 from tilewise.ops.library import attention_op
@@ -54,7 +53,7 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        whole(
+        checks.whole(
             vocab_size=self.vocab_size, length=self.length, dim=self.dim, layers=self.layers, heads=self.heads,
             window=self.window,
         )  # fmt: skip

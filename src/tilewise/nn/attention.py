@@ -18,7 +18,7 @@ from tilewise.errors import bad_type, bad_value
 from tilewise.masks import Mask
 from tilewise.nn.decoding import append, attend, check_cache, normalized, over_batch
 from tilewise.nn.rotary import RotaryEmbedding
-from tilewise.nn.sizes import tokens, whole
+from tilewise.nn.sizes import tokens
 from tilewise.nn.weights import check_weights, weights_of
 from tilewise.ops import checks
 from tilewise.ops.biases import Relative
@@ -128,7 +128,7 @@ class GroupedQueryAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        whole(dim=dim, heads=heads, kv_heads=kv_heads)
+        checks.whole(dim=dim, heads=heads, kv_heads=kv_heads)
         if heads % kv_heads:
             raise bad_value("kv_heads", kv_heads, f"a divisor of the {heads} heads")
         if head_dim is None and dim % heads:
@@ -136,9 +136,9 @@ class GroupedQueryAttention(nn.Module):
         head_dim = dim // heads if head_dim is None else head_dim
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         k_dim, v_dim = dim if k_dim is None else k_dim, dim if v_dim is None else v_dim
-        whole(head_dim=head_dim, v_head_dim=v_head_dim, k_dim=k_dim, v_dim=v_dim)
+        checks.whole(head_dim=head_dim, v_head_dim=v_head_dim, k_dim=k_dim, v_dim=v_dim)
         if relative is not None:
-            whole(relative=relative)
+            checks.whole(relative=relative)
         kinds = {"rotary": rotary is not None, "alibi": alibi, "relative": relative is not None}
         given = [name for name, there in kinds.items() if there]
         if len(given) > 1:
@@ -269,8 +269,8 @@ class GroupedQueryAttention(nn.Module):
             "backend": self.backend,
         }
         if cache is not None:
-            whole = q_heads, k_heads, v_heads
-            if not append(*whole, cache, counts, mask, whole, **options):
+            heads = q_heads, k_heads, v_heads
+            if not append(*heads, cache, counts, mask, lambda: heads, **options):
                 return self._output(attend(q_heads, cache, counts, mask=mask, **options))
             mask = over_batch(mask)
         options["mask"] = mask

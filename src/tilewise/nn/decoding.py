@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ def append(
     cache: Cache,
     counts: Tensor | None,
     mask: Mask | Tensor | None,
-    whole: tuple[Tensor, Tensor, Tensor],
+    whole: Callable[[], tuple[Tensor, Tensor, Tensor]],
     **options: Any,
 ) -> bool:
     """Append k and v [B, Hkv, T, ·] for the queries q [B, H, T, D]; whether the cache was empty before.
 
-    `whole` are tensors of the shapes that `attention` would then get, and are only looked at.
+    `whole` gives tensors of the shapes that `attention` would then get, which are only looked at.
 
     If so, the tokens at hand are all there is, and `attention` serves them, with gradients of nothing but the same
     result; if not, `attend` does. A captured or compiled step is replayed over a cache that has grown, so there nothing
@@ -58,7 +59,7 @@ def append(
         fresh = _is_empty(cache, view, counts, causal=options["causal"])
         _check_mask(mask, q, counts, fresh)
         if fresh:
-            explain(*whole, mask=over_batch(mask), **options)
+            explain(*whole(), mask=over_batch(mask), **options)
         else:
             _check_ring(view, options["window"], q.shape[2])
         if not fresh and options["backend"] != "auto":

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tilewise.caches.recurrent import RecurrentCache
 from tilewise.errors import bad_value
 from tilewise.masks import Mask
-from tilewise.nn.attention import whole
 from tilewise.nn.linear import GatedModule, per_head
+from tilewise.ops import checks
 
 EPSILON = 1e-6
 """Added to |x|² before its root: a token without a key has a key of 0."""
@@ -54,7 +54,7 @@ class GatedDeltaNet(GatedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         head_dim = per_head("head_dim", dim, heads) if head_dim is None else head_dim
-        whole(conv_size=conv_size)
+        checks.whole(conv_size=conv_size)
         if conv_size < 2:
             raise bad_value("conv_size", conv_size, "at least 2: a token and the one before it")
         make: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewise.errors import bad_value
-from tilewise.nn.attention import whole
+from tilewise.ops import checks
 from tilewise.reference.features import favor_logs, random_projection
 
 
@@ -38,7 +38,7 @@ class FavorFeatures(nn.Module):
     ) -> None:
         super().__init__()
         features = max(1, round(head_dim * math.log(max(2, head_dim)))) if features is None else features
-        whole(head_dim=head_dim, features=features)
+        checks.whole(head_dim=head_dim, features=features)
         self.orthogonal = orthogonal
         self.projection = nn.Buffer(torch.empty(features, head_dim, device=device))
         self.redraw(generator)

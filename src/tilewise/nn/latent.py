@@ -16,7 +16,7 @@ from tilewise.errors import bad_type, bad_value
 from tilewise.masks import Mask
 from tilewise.nn.decoding import append, attend, check_cache, normalized, over_batch
 from tilewise.nn.rotary import RotaryEmbedding
-from tilewise.nn.sizes import tokens, whole
+from tilewise.nn.sizes import tokens
 from tilewise.ops import checks
 from tilewise.ops.dense import attention
 from tilewise.ops.dispatch import check_name
@@ -79,9 +79,9 @@ class MultiHeadLatentAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        whole(dim=dim, heads=heads, kv_rank=kv_rank, nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
+        checks.whole(dim=dim, heads=heads, kv_rank=kv_rank, nope_dim=nope_dim, rope_dim=rope_dim, v_dim=v_dim)
         if q_rank is not None:
-            whole(q_rank=q_rank)
+            checks.whole(q_rank=q_rank)
         rotary = RotaryEmbedding(rope_dim, interleaved=True) if rotary is None else rotary
         if not isinstance(rotary, RotaryEmbedding):
             raise bad_type("rotary", rotary, "a RotaryEmbedding", f"RotaryEmbedding({rope_dim}, interleaved=True)")
@@ -167,11 +167,14 @@ class MultiHeadLatentAttention(nn.Module):
         }
         if cache is not None:
             latents = torch.cat([c_kv.unsqueeze(1), k_pe], dim=-1)
-            whole = queries, queries, queries.new_empty(*queries.shape[:3], self.v_dim)
-            if absorbed:
-                wide = queries.new_empty(*queries.shape[:3], latents.shape[3])
-                whole = wide, latents, latents[..., : self.kv_rank]
-            if not append(queries, latents, None, cache, counts, mask, whole, **options):
+
+            def whole_heads() -> tuple[Tensor, Tensor, Tensor]:
+                if absorbed:
+                    wide = queries.new_empty(*queries.shape[:3], latents.shape[3])
+                    return wide, latents, latents[..., : self.kv_rank]
+                return queries, queries, queries.new_empty(*queries.shape[:3], self.v_dim)
+
+            if not append(queries, latents, None, cache, counts, mask, whole_heads, **options):
                 q_latent, v_up = self._absorb(q_nope, q_pe)
                 return self._output(attend(q_latent, cache, counts, mask=mask, **options) @ v_up)
             mask = over_batch(mask)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tilewise.caches.recurrent import RecurrentCache
 from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.masks import Causal, Mask
-from tilewise.nn.attention import tokens, whole
 from tilewise.nn.rotary import RotaryEmbedding
+from tilewise.nn.sizes import tokens
 from tilewise.ops import checks
 from tilewise.ops.linear import FUSED, FeatureMap, linear_attention
 from tilewise.reference.linear import LinearState
@@ -33,7 +33,7 @@ class LinearModule(nn.Module):
 
     def __init__(self, dim: int, heads: int, head_dim: int, v_head_dim: int, backend: str) -> None:
         super().__init__()
-        whole(dim=dim, heads=heads, head_dim=head_dim, v_head_dim=v_head_dim)
+        checks.whole(dim=dim, heads=heads, head_dim=head_dim, v_head_dim=v_head_dim)
         self.dim, self.heads, self.head_dim, self.v_head_dim, self.backend = dim, heads, head_dim, v_head_dim, backend
         self.rotary: RotaryEmbedding | None = None
 
@@ -332,7 +332,7 @@ class GatedLinearAttention(GatedModule):
     ) -> None:
         head_dim = max(1, per_head("head_dim", dim, heads) // 2) if head_dim is None else head_dim
         v_head_dim = per_head("v_head_dim", dim, heads) if v_head_dim is None else v_head_dim
-        whole(gate_rank=gate_rank)
+        checks.whole(gate_rank=gate_rank)
         checks.finite("temperature", temperature, positive=True)
         make: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, heads, head_dim, v_head_dim, backend, make)
@@ -377,7 +377,7 @@ class RWKV6TimeMix(LinearModule):
     ) -> None:
         head_dim = per_head("heads", dim, heads)
         super().__init__(dim, heads, head_dim, head_dim, backend)
-        whole(mix_rank=mix_rank, decay_rank=decay_rank)
+        checks.whole(mix_rank=mix_rank, decay_rank=decay_rank)
         make: dict[str, Any] = {"device": device, "dtype": dtype}
         self.r_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj = (
             nn.Linear(dim, dim, bias=False, **make) for _ in range(5)
@@ -434,7 +434,7 @@ class RWKV6TimeMix(LinearModule):
 
 def per_head(name: str, dim: int, heads: int) -> int:
     """dim / H, or a ValueError that tells to give `name`."""
-    whole(dim=dim, heads=heads)
+    checks.whole(dim=dim, heads=heads)
     if dim % heads:
         raise bad_value("heads", heads, f"a divisor of dim = {dim}", f"give {name}" if name != "heads" else None)
     return dim // heads

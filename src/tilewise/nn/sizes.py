@@ -1,4 +1,4 @@
-"""What the modules check of their sizes and inputs."""
+"""What the modules check of their inputs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ from torch import nn
 
 from tilewise.errors import bad_type, bad_value
 from tilewise.ops import checks
-
-
-def whole(**sizes: Any) -> None:
-    """Raises TypeError or ValueError unless each is an int of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise bad_type(name, size, "an int")
-        if size < 1:
-            raise bad_value(name, size, "at least 1")
 
 
 def tokens(name: str, x: Any, width: int, projection: nn.Module | None = None) -> None:

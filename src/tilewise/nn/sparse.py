@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.masks import BigBird, Dense, Longformer, Mask, Window
-from tilewise.nn.attention import GroupedQueryAttention, Settings, whole
+from tilewise.nn.attention import GroupedQueryAttention, Settings
 from tilewise.ops import checks
 from tilewise.ops.dense import attention
 
@@ -129,7 +129,7 @@ class LongformerAttention(SparseAttention):
         global_tokens: Iterable[int] = (),
         **settings: Any,
     ) -> None:
-        whole(window=window)
+        checks.whole(window=window)
         if window % 2:
             raise bad_value("window", window, "an even number: half on each side")
         if settings.get("causal"):

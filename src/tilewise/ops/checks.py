@@ -124,6 +124,15 @@ def probability(name: str, value: Any) -> None:
         raise bad_value(name, value, "a probability in [0, 1)")
 
 
+def whole(**sizes: Any) -> None:
+    """Each an int of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise bad_type(name, size, "an int")
+        if size < 1:
+            raise bad_value(name, size, "at least 1")
+
+
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise bad_type(name, value, "True or False")

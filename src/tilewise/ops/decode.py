@@ -23,7 +23,7 @@ from tilewise.masks.tensors import pack
 from tilewise.ops import checks
 from tilewise.ops.arguments import _device_name, _unit_stride, autocast
 from tilewise.ops.dispatch import Plan, check_name, choose
-from tilewise.ops.library import one_by_one
+from tilewise.ops.library import one_by_one, readable
 from tilewise.ops.views import KVView, Viewed
 from tilewise.spec import DecodeSpec, Window
 
@@ -406,20 +406,21 @@ def _check_view(view: KVView, q: Tensor) -> None:
     for name, x in (("kv.k_scale", view.k_scale), ("kv.v_scale", view.v_scale)):
         if x is not None and (x.dtype != torch.float32 or x.shape != k.shape[:3]):
             raise bad_value(name, f"{x.dtype} of shape {list(x.shape)}", f"float32 {list(k.shape[:3])}")
-    if view.lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if batch and readable(view.lengths):
         _check_lengths(view)
 
 
 def _check_lengths(view: KVView) -> None:
     """What only the values say; where they lie on a GPU, reading them would stall the stream."""
-    least, most = (int(x) for x in view.lengths.aminmax())
-    if least < 0:
-        raise bad_value("kv.lengths", view.lengths.tolist(), "numbers of tokens, at least 0")
+    lengths = view.lengths.tolist()
+    most = max(lengths)
+    if min(lengths) < 0:
+        raise bad_value("kv.lengths", lengths, "numbers of tokens, at least 0")
     if most > view.capacity and not view.ring:
-        raise bad_value("kv.lengths", view.lengths.tolist(), f"at most the {view.capacity} tokens that k has room for")
+        raise bad_value("kv.lengths", lengths, f"at most the {view.capacity} tokens that k has room for")
     if 0 < view.max_length < most:
         raise bad_value("kv.max_length", view.max_length, f"an upper bound of lengths, here at least {most}")
-    if view.start is not None and int(view.start.min()) < 0:
+    if view.start is not None and readable(view.start) and min(view.start.tolist()) < 0:
         raise bad_value("kv.start", view.start.tolist(), "numbers of tokens, at least 0")
 
 
@@ -433,9 +434,11 @@ def _tree(mask: Mask | Tensor, q: Tensor, batch: int, q_len: int, packed: bool) 
         nodes = mask.parents.shape[0]
         if nodes > q_len:
             raise bad_value("mask", f"a tree of {nodes} nodes", f"at most T = {q_len} nodes")
+        parents = pack(mask)[1][0]
         if torch.compiler.is_compiling():
-            return _paths(pack(mask)[1][0], q_len, q.device)
-        return _tree_matrix(mask, q_len, q.device)
+            return _paths(parents, q_len, q.device)
+        matrix = _tree_matrix if readable(parents) else _tree_matrix.__wrapped__  # a tracer's tensors are not kept
+        return matrix(mask, q_len, q.device)
     if isinstance(mask, Mask):
         raise UnsupportedError(
             f"mask: decoding takes masks.Tree or a boolean [T, T] tensor over the last T tokens, not {mask}. "
@@ -455,17 +458,17 @@ def _tree(mask: Mask | Tensor, q: Tensor, batch: int, q_len: int, packed: bool) 
 def _tree_matrix(mask: Tree, q_len: int, device: torch.device) -> Tensor:
     """A tree's matrix, kept: a step that is captured, or must not wait, copies nothing from the host."""
     with torch.inference_mode(False):
-        return _paths(pack(mask)[1][0], q_len, device)
+        return torch.from_numpy(mask.to_dense(q_len, q_len)).to(device)[None]
 
 
 def _paths(parents: Tensor, q_len: int, device: torch.device) -> Tensor:
     """[1, T, T] bool of a tree given by `parents` [nodes]: node t sees its ancestors, itself and what is before node 0;
     rows before node 0 are causal. In operators that torch.compile traces."""
     nodes = parents.shape[0]
-    node = torch.arange(nodes)
+    node = torch.arange(nodes, device=parents.device)
     seen = (parents[:, None] == node) | (node[:, None] == node)
     for _ in range((nodes - 1).bit_length()):  # each product doubles the length of the paths
         seen = (seen.float() @ seen.float()) > 0.0
-    matrix = torch.ones(q_len, q_len, dtype=torch.bool).tril()
+    matrix = torch.ones(q_len, q_len, dtype=torch.bool, device=parents.device).tril()
     matrix[q_len - nodes :, q_len - nodes :] = seen
     return matrix[None].to(device)

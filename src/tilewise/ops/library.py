@@ -129,6 +129,14 @@ def _watched(tensors: Iterable[Tensor | None]) -> bool:
     return keys.raw_repr() & _WATCHERS != 0 or torch.autograd._profiler_enabled()
 
 
+def readable(x: Tensor) -> bool:
+    """Whether checks may look at the values of x: they are in host memory, and nothing traces or maps the call."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    keys = torch._C._dispatch_tls_local_include_set() | torch._C._dispatch_keys(x)
+    return keys.raw_repr() & _WATCHERS == 0
+
+
 def attend(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """out and lse of `Arguments`: the operator, or what it would call."""
     if torch.compiler.is_compiling() or args[0].is_meta or _watched((*args[:11], *args[11])):

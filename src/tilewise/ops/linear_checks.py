@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.ops import checks
-from tilewise.ops.library import _watched
+from tilewise.ops.library import readable
 from tilewise.reference.linear import LinearState
 from tilewise.reference.softmax import accumulator_dtype
 
@@ -57,9 +56,7 @@ def decay(given: Tensor, q: Tensor, k: Tensor, causal: bool) -> None:
     if tuple(given.shape) not in allowed:
         want = f"[H] = [{heads}], [B, H, N] = {list(allowed[1])} or [B, H, N, K] = {list(allowed[2])}"
         raise bad_value("decay", f"shape {list(given.shape)}", want)
-    if given.device.type != "cpu" or torch.compiler.is_compiling() or _watched((given,)):
-        return
-    if bool((given > 0).any()):
+    if readable(given) and bool((given > 0).any()):
         raise bad_value("decay", "a value above 0", "logs of factors in [0, 1]", "decay = decay.log(), or logsigmoid")
 
 

@@ -16,6 +16,7 @@ from tilewise.masks import Mask
 from tilewise.ops import checks
 from tilewise.ops.arguments import Options, autocast
 from tilewise.ops.decode import build, decode_op
+from tilewise.ops.library import readable
 from tilewise.ops.views import KVView
 from tilewise.spec import Window
 
@@ -102,19 +103,15 @@ def _integers(name: str, x: Any, shape: tuple[int | None, ...], q: Tensor) -> No
         fix = f"{name}.to(torch.int32)" if fits else None
         raise bad_value(name, f"{x.dtype} of shape {list(x.shape)}", f"{want} with B = {shape[0]}", fix)
     checks.same_place(name, x, q)
-    if None not in shape and _readable(x) and int(x.min()) < 0:
+    if None not in shape and readable(x) and int(x.min()) < 0:
         raise bad_value(name, x.tolist(), "numbers of tokens, at least 0")
 
 
 def _within(name: str, x: Tensor, most: int | Tensor, what: str) -> None:
     """Raises ValueError where a number is larger than `most`; a tensor on a GPU is not read."""
-    if _readable(x) and bool((x > most).any()):
+    if readable(x) and bool((x > most).any()):
         limit = most.tolist() if isinstance(most, Tensor) else most
         raise bad_value(name, x.tolist(), f"at most the {limit} {what}")
-
-
-def _readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _rows_as_pages(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tilewise.errors import bad_value
+from tilewise.train import files
 
 VERSION = 2
 """Of the format; another one is refused."""
@@ -39,25 +39,16 @@ def write(path: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.part")
     held = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     described = {"version": VERSION} | described
     # One entry: safetensors writes several in any order, and the same run has to end with the same bytes.
     metadata = {"tilewise": json.dumps(described | {"checksum": _checksum(held, described)})}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(held, temporary, metadata=metadata)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+        with files.whole(path) as temporary:
+            save_file(held, temporary, metadata=metadata)
     except (OSError, SafetensorError) as problem:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({problem}); what was there before is untouched") from problem
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def read(path: Path) -> Checkpoint:

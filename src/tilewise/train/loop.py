@@ -293,17 +293,9 @@ class Trainer:
         """Keep the measurements up to the current step: a killed run may have written more, and half a line."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / METRICS
-        kept = [step for step in read_metrics(path) if step.step <= self.step]
-        files.write(path, "".join(json.dumps(step._asdict()) + "\n" for step in kept))
+        files.write_lines(path, [step for step in read_metrics(path) if step.step <= self.step])
 
 
 def read_metrics(path: Path) -> list[Step]:
     """The measurements in a metrics file, as far as its lines are whole."""
-    found: list[Step] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(Step(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError):
-                break
-    return found
+    return files.read_lines(path, Step)

@@ -10,23 +10,20 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tilewise.cost.counts import backward_flops, forward_flops, self_attention
-from tilewise.cost.linear import linear_counts
 from tilewise.errors import bad_value
-from tilewise.masks import Causal, Mask, Window
 from tilewise.models import GPT, GPTConfig
 from tilewise.models.gpt import MECHANISMS
+from tilewise.models.passes import step_flops, step_ms
 from tilewise.train import checkpoints, files
 from tilewise.train.loop import FINAL, DivergedError, Step, TrainConfig, Trainer
-from tilewise.train.shards import Batch, Shards, prepare
+from tilewise.train.shards import INDEX, Batch, Shards, prepare
 from tilewise.train.tasks import accuracy, recall
 from tilewise.train.text import default_folder, documents, find
 from tilewise.train.tokenizers import Bytes
@@ -153,7 +150,7 @@ def measure(
             if row is None:
                 row = _measured(name, task, plan, folder, torch.device(device), told)
                 rows.append(row)
-                files.write(folder / ROWS, "".join(json.dumps(each._asdict()) + "\n" for each in rows))
+                files.write_lines(folder / ROWS, rows)
                 place = _place(folder, task, name)
                 for path in (*checkpoints.numbered(place), place / FINAL):
                     path.unlink(missing_ok=True)
@@ -162,15 +159,7 @@ def measure(
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows that a folder holds, as far as its lines are whole."""
-    found: list[Row] = []
-    path = folder / ROWS
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(Row(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError):
-                break
-    return found
+    return files.read_lines(folder / ROWS, Row)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -192,31 +181,6 @@ def table(rows: Sequence[Row]) -> str:
             f"| {kept} |"
         )
     return "\n".join(lines)
-
-
-def step_flops(model: GPT, batch: int, length: int) -> float:
-    """Floating-point operations of the products of one forward and backward pass.
-
-    Six a token and weight of a matrix, and what mixes the tokens: for softmax the visible scores, 3.5 times the
-    forward pass's; for the linear family the chunked form, three times. The delta rule's triangular inverse, short
-    convolutions and everything that is no product are left out.
-    """
-    config = model.config
-    attn: Any = model.blocks[0].attn
-    weights = sum(p.numel() for block in model.blocks for p in block.parameters() if p.dim() == 2)
-    spec = self_attention(length, config.dim // config.heads, batch=batch, heads=config.heads, causal=True)
-    if hasattr(attn, "make_cache"):
-        mixing = 3.0 * linear_counts(replace(spec, head_dim=attn.head_dim, v_head_dim=attn.v_head_dim)).flops
-    else:
-        if config.mechanism == "mla":
-            spec = replace(spec, head_dim=attn.nope_dim + attn.rope_dim, v_head_dim=attn.v_dim)
-        rule = MECHANISMS[config.mechanism].mask
-        mask = None if rule is None else rule(config, length)
-        seen: Mask = Causal() if mask is None else Causal() & mask
-        seen = seen & Window(config.window, 0) if config.mechanism == "window" else seen
-        scores = (1.0 - seen.sparsity(length, length)) * length**2
-        mixing = forward_flops(spec, scores).matmul + backward_flops(spec, scores).matmul
-    return 6.0 * batch * length * (weights + model.wte.weight.numel()) + config.layers * mixing
 
 
 def _measured(name: str, task: Task, plan: Plan, folder: Path, device: torch.device, told: Told) -> Row:
@@ -253,8 +217,9 @@ def _measured(name: str, task: Task, plan: Plan, folder: Path, device: torch.dev
     model.eval()
     with torch.no_grad(), trainer.autocast():
         score = _bits(model, shards, plan) if shards else _answered(model, plan)
+    ids, targets, _ = batch_of(config.steps - 1)
     with trainer.autocast():
-        milliseconds = _step_ms(model, batch_of(config.steps - 1))
+        milliseconds = step_ms(model, ids.to(device), targets.to(device))
     caches = model.make_caches(1, length)
     return Row(
         name, task, score, sum(p.numel() for p in model.parameters()), config.steps, config.steps * plan.tokens,
@@ -281,30 +246,10 @@ def _bits(model: GPT, shards: Shards, plan: Plan) -> float:
     return sum(float(model(ids, targets)) for ids, targets in rows) / len(held.ids) / math.log(2.0)
 
 
-def _step_ms(model: GPT, batch: Batch) -> float:
-    """Least of three. What else a CPU does meanwhile is not counted."""
-    device = model.wte.weight.device
-    ids, targets = batch.ids.to(device), batch.targets.to(device)
-    best = math.inf
-    for _ in range(3):
-        began = _now(device)
-        model(ids, targets).backward()
-        best = min(best, _now(device) - began)
-        model.zero_grad()
-    return 1e3 * best
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
-
-
 def _text(plan: Plan, folder: Path) -> Shards:
     """Bytes of Python's own library; made once."""
     place = folder / "tokens"
-    if (place / "index.json").is_file():
+    if (place / INDEX).is_file():
         return Shards(place)
     return prepare(documents(find([default_folder()]), most=plan.characters), Bytes(), place)
 

@@ -316,16 +316,18 @@ def attention_decode(
             seen = seen & (bits != 0)
         s = tl.where(seen, s, float("-inf"))
         if INT8:
-            # In the exponent the values' scale is part of the weight, and the largest weight is 1 whatever the scales.
-            v_scale = tl.maximum(tl.load(v_scale_ptr + at, mask=inside, other=1.0), SMALLEST)
-            plain = s
-            s += tl.log2(v_scale)[None, :]
+            v_scale = tl.load(v_scale_ptr + at, mask=inside, other=1.0)
+            if tl.float16 == COMPUTE:
+                # In the exponent the values' scale is part of the weight, and the largest weight is 1 whatever the
+                # scales: they may lie outside float16. It costs a rounding of the sum, which float32 would show.
+                plain = s
+                s += tl.log2(tl.maximum(v_scale, SMALLEST))[None, :]
         new_peak = tl.maximum(peak, tl.max(s, 1))
         # A row that has seen nothing yet has a peak of −∞, and −∞ − (−∞) must not be formed.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(s - base[:, None])
         decay = tl.exp2(peak - base)
-        if INT8:
+        if INT8 and tl.float16 == COMPUTE:
             total = total * decay + tl.sum(tl.exp2(plain - base[:, None]), 1)
         else:
             total = total * decay + tl.sum(weights, 1)
@@ -334,6 +336,8 @@ def attention_decode(
         if INT8:
             v_row = page * stride_vp + slot * stride_vn
             v, v_odd = bytes_of(rows_of(v_ptr, v_row, inside, half_v_dims, DV // 2, BLOCK_DV // 2), ASSEMBLY)
+            if tl.float32 == COMPUTE:
+                weights *= v_scale[None, :]
             weights = weights.to(COMPUTE)
             acc = tl.dot(weights, v.to(COMPUTE), acc, input_precision=PRECISION)
             acc_odd = acc_odd * decay[:, None]

@@ -38,7 +38,7 @@ def scores(q_ptr, k_ptr, s_ptr, n, m, scale, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def max_of_rows(s_ptr, m_ptr, rows_total, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Step 2, m = max S, 0 for a row that sees nothing, so that its exponentials are e^−∞ = 0."""
+    """Step 2, m = max S, −∞ for a row that sees nothing."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in range(0, m, BLOCK_N):
@@ -46,17 +46,19 @@ def max_of_rows(s_ptr, m_ptr, rows_total, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.
         inside = (rows < rows_total)[:, None] & (cols < m)[None, :]
         s = tl.load(s_ptr + rows[:, None] * m + cols[None, :], inside, float("-inf")).to(tl.float32)
         peak = tl.maximum(peak, tl.max(s, 1))
-    tl.store(m_ptr + rows, tl.where(peak == float("-inf"), 0.0, peak), rows < rows_total)
+    # Stored as it is: Triton 3.6 fails to compile a maximum over a loop that is used twice after it.
+    tl.store(m_ptr + rows, peak, rows < rows_total)
 
 
 @triton.jit
 def exponentials(s_ptr, m_ptr, e_ptr, rows_total, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Step 3, E = e^(S − m)."""
+    """Step 3, E = e^(S − m), where m = −∞ counts as 0: e^−∞ = 0."""
     rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < rows_total)[:, None] & (cols < m)[None, :]
     at = rows[:, None] * m + cols[None, :]
     peak = tl.load(m_ptr + rows, rows < rows_total, 0.0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
     e = tl.exp(tl.load(s_ptr + at, inside, 0.0).to(tl.float32) - peak[:, None])
     tl.store(e_ptr + at, e.to(e_ptr.dtype.element_ty), inside)
 
