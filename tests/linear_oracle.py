@@ -169,6 +169,24 @@ class Judged:
         self.outputs = [x.detach() for x in outputs]
         self.grads = dict(zip(leaves, grads, strict=True))
 
+    @property
+    def cancellation(self) -> float:
+        """How much larger than ddecay the rounding errors of its terms are, in units of one term's relative error.
+
+        ddecay_t is the sum over s ≥ t of φ(q_s)∘dφ(q_s) − φ(k_s)∘dφ(k_s), most of which cancels: what of a term is
+        rounding, and independent of the others', does not.
+        """
+        given, squares = self.given, []
+        for name in "qk":
+            x = given[name]
+            ratio = torch.where(x > 0, x + 1, 1.0) if given["feature_map"] == "elu" else x  # φ/φ'
+            term = ratio * self.grads[name]
+            squares.append((term if given["decay"].dim() == 4 else term.sum(-1)) ** 2)
+        later = (squares[0] + squares[1]).flip(2).cumsum(2)
+        if given["decay"].dim() == 1:
+            later = later.sum((0, 2))
+        return (later.sum().sqrt() / self.grads["decay"].norm()).item()
+
     def errors(self, outputs: list[Tensor], grads: dict[str, Tensor]) -> dict[str, float]:
         """Norms of the errors over norms of what is exact (at least 1e-3), by name."""
         pairs = list(zip(("out", "s", "z"), outputs, self.outputs, strict=False))

@@ -22,6 +22,7 @@ from torch import Tensor
 import tilewise
 from tilewise.backends.base import BACKEND_NAMES
 from tilewise.bench.environment import machine, usable_cores
+from tilewise.bench.precompile import in_processes
 from tilewise.bench.predictor import Sample, fit
 from tilewise.bench.self_test import self_test, small_case
 from tilewise.bench.timer import once
@@ -151,7 +152,7 @@ def calibrate(
 
     Args:
         seconds: what the timing may take; at least three rounds over all shapes are run whatever it says.
-        largest: most scores of a shape; 2²³ on a CPU and 2³⁰ on a GPU unless given.
+        largest: most scores of a shape; 2²³ on a CPU and 2²⁸ on a GPU unless given.
 
     Raises ValueError for too few training shapes.
     """
@@ -161,9 +162,13 @@ def calibrate(
     progress("measuring the two ceilings", 0.0)
     rates = machine_rates(device, dtype)
     here = as_device(rates, device, name)
-    most = largest or (2**23 if device.type == "cpu" else 2**30)
+    most = largest or (2**23 if device.type == "cpu" else 2**28)
     shapes = random_shapes(training + held_out, dtype=name, device=here.arch, largest=most, seed=1)
     runnable = [backend for backend in BACKEND_NAMES if _runs(backend, device)]
+    if device.type == "cuda":
+        compiled = [backend for backend in runnable if backend in ("triton", "hopper")]
+        tasks = [(spec, backend, device, dtype) for spec in shapes[::3] for backend in compiled]  # nearly all kernels
+        in_processes(_once_ahead, tasks, lambda done, planned: progress(f"compiling, {done} of {planned}", 0.0))
     fits: list[Fit] = []
     for index, direction in enumerate(PASSES):
         share = 0.5 * index
@@ -184,6 +189,11 @@ def calibrate(
         tuple(fits),
         load,
     )
+
+
+def _once_ahead(spec: AttentionSpec, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Forward and backward, which leave what they compiled in the compiler's cache on disk."""
+    call_of(spec, backend, "backward", device, dtype)()
 
 
 def _runs(backend: str, device: torch.device) -> bool:

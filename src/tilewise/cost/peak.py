@@ -102,24 +102,28 @@ def _standard(spec: AttentionSpec, sizes: _Sizes, direction: Pass) -> int:
     return sizes.result + sizes.q * sizes.narrow + held + 2 * scores + products + allowed // 2
 
 
+def plain_tile(spec: AttentionSpec) -> tuple[int, int, int]:
+    """(batch entries, rows, keys) of the tiles of scores that `tiled` writes out without a fused kernel."""
+    tall = min(PLAIN_ROWS, max(1, spec.q_len))
+    batch = max(1, min(spec.batch, PLAIN_SCORES // (max(1, spec.heads) * tall * TILE)))
+    fitting = PLAIN_SCORES // (tall * max(1, spec.heads) * batch) // TILE * TILE
+    rows = tall if spec.reach == (None, None) else min(TILE, spec.q_len)
+    return batch, rows, min(max(TILE, min(PLAIN_KEYS, fitting)), spec.k_len)
+
+
 def _plain_tiles(spec: AttentionSpec, sizes: _Sizes, direction: Pass) -> int:
     """Tiles of scores written out, as `tiled` does without a fused kernel.
 
     While a tile is worked on, the result of the one before is still held, and with several key tiles its scores are.
     Under causality or a window a tile is one of the tile map, and each of up to 16 kept masks takes as much as a row.
     """
-    restricted = spec.reach != (None, None)
-    tall = min(PLAIN_ROWS, max(1, spec.q_len))
-    batch = max(1, min(spec.batch, PLAIN_SCORES // (max(1, spec.heads) * tall * TILE)))
-    fitting = PLAIN_SCORES // (tall * max(1, spec.heads) * batch) // TILE * TILE
-    block_m = min(TILE, spec.q_len) if restricted else tall
-    block_n = min(max(TILE, min(PLAIN_KEYS, fitting)), spec.k_len)
+    batch, block_m, block_n = plain_tile(spec)
     several = spec.k_len > block_n
     score_tile = batch * spec.heads * block_m * block_n * sizes.wide
     q_rows, k_rows = batch * spec.heads * block_m, batch * spec.kv_heads * block_n
     d, dv = spec.head_dim, spec.v_head_dim
     held = 1 + (spec.q_len > block_m)
-    masks = 8 * block_m * block_n * sizes.wide if restricted else 0
+    masks = 8 * block_m * block_n * sizes.wide if spec.reach != (None, None) else 0
     if direction == "forward":
         # The second key tile, the shorter one where there are two, has the first one's scores beside its own.
         second = min(block_n, spec.k_len - block_n) if several else 0

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 from tilewise.cost.counts import ideal_traffic, itemsize, visible_scores
 from tilewise.cost.hardware import Device
-from tilewise.cost.peak import Pass, peak_bytes
+from tilewise.cost.peak import Pass, peak_bytes, plain_tile
 from tilewise.spec import AttentionSpec
 
 KINDS = ("calls", "multiply-adds", "scores", "bytes", "spilled bytes", "longest program")
-"""What `work` counts. "longest program" is the work of the programs that one multiprocessor (or core) runs in turn:
-it tells a grid that fills the chip from one that does not, or that leaves the last wave half empty."""
+"""What `work` counts. "calls" is 1 but where the library itself loops over tiles. "longest program" is the work of the
+programs that one multiprocessor (or core) runs in turn: it tells a grid that fills the chip from one that does not, or
+that leaves the last wave half empty."""
 
 _ROWS = {"standard": 1, "tiled": 128, "sdpa": 128, "triton": 128, "hopper": 128}
 _PADDED = 16
@@ -50,7 +51,19 @@ def work(spec: AttentionSpec, backend: str, direction: Pass, device: Device) -> 
     programs = heads * math.ceil(spec.q_len / _ROWS[backend]) if backend not in _FULL_MATRIX else heads
     slots = max(1, device.sms)
     longest = math.ceil(programs / slots) * (products / programs if programs else 0.0)
-    return (1.0, products, scores, moved, spilled, longest)
+    calls = _launches(spec) if backend == "tiled" and spec.device != "cpu" else 1.0
+    return (calls, products, scores, moved, spilled, longest)
+
+
+def _launches(spec: AttentionSpec) -> float:
+    """Query tiles, and tiles of scores, that `tiled` works on one after the other on a GPU."""
+    batch, rows, keys = plain_tile(spec)
+    _, right = spec.reach
+    starts = range(0, spec.q_len, max(1, rows))
+    ends = (start + rows + spec.k_len - spec.q_len + (right or 0) for start in starts)
+    seen = (spec.k_len if right is None else min(spec.k_len, max(0, end)) for end in ends)
+    tiles = len(starts) + sum(math.ceil(count / max(1, keys)) for count in seen)
+    return float(math.ceil(spec.batch / batch) * tiles)
 
 
 def _in_tiles(spec: AttentionSpec) -> float:

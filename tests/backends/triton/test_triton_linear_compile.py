@@ -62,7 +62,11 @@ def test_what_runs_most(variant: dict[str, Any], compiler: None) -> None:
 
 @pytest.mark.parametrize(
     ("dim", "v_dim", "dtype", "variant"),
-    [(64, 24, "bfloat16", {"decay": "token", "packed": True}), (40, 64, "float16", {"normalize": True})],
+    [
+        (64, 24, "bfloat16", {"decay": "token", "packed": True}),
+        (40, 64, "float16", {"normalize": True}),
+        (256, 256, "float16", {"normalize": True, "feature_map": "elu"}),
+    ],
     ids=str,
 )
 def test_others(dim: int, v_dim: int, dtype: str, variant: dict[str, Any], compiler: None) -> None:

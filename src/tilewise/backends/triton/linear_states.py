@@ -211,9 +211,13 @@ def scan_segments(
                 after_z += tl.load(other_z_ptr + (place + heads) * DA + a_dims, mask=(a_dims < DA) & (t > 0), other=0.0)
                 crossing += after_z * z
             tl.store(crossing_ptr + place * DA + a_dims, crossing, mask=a_dims < DA)
-        tl.store(s_ptr + place * DA * DB + within, s, mask=inside)
         if NORMALIZE:
             added_z = tl.load(z_ptr + place * DA + a_dims, mask=a_dims < DA, other=0.0)
+        # A tile smaller than the program is held by several warps, each of which loads it, and one stores: not before
+        # the others have loaded what it replaces.
+        tl.debug_barrier()
+        tl.store(s_ptr + place * DA * DB + within, s, mask=inside)
+        if NORMALIZE:
             tl.store(z_ptr + place * DA + a_dims, z, mask=a_dims < DA)
         if DECAY == TOKEN:
             kept = tl.exp(tl.load(total_ptr + place))
