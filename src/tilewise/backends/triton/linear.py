@@ -42,6 +42,8 @@ class LinearPlan(NamedTuple):
     recurrent: bool
     length: int
     """Tokens a segment, whole chunks."""
+    compiled: dict[Any, Any]
+    """Compiled kernels by what they were compiled for; see `_launch`."""
 
     def __str__(self) -> str:
         if self.recurrent:
@@ -57,6 +59,43 @@ class Cut(NamedTuple):
     segments: int
     tokens: int
     length: int
+
+
+_REMEMBERED = 4096
+"""Launches that a plan remembers; other lengths are other launches."""
+
+
+def _launch(
+    config: LinearPlan,
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int = 3,
+) -> None:
+    """Run `kernel` on a grid of `programs` with `arguments`, which its compile-time parameters follow.
+
+    As in the dense engine's `launch`, what Triton answered is remembered, since looking a kernel up takes longer than a
+    few thousand tokens do: here by every number and every type, where all tensors are aligned.
+    """
+    values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    key = None
+    if not any(x.data_ptr() & 15 for x in tensors):
+        numbers = (x.dtype if isinstance(x, Tensor) else x for x in arguments)
+        key = (kernel, tensors[0].device.index, num_warps, num_stages, *values, *numbers)
+        compiled = config.compiled.get(key)
+        if compiled is not None:
+            compiled[programs, 1, 1](*arguments, *values)
+            return
+    compiled = kernel[(programs,)](
+        *arguments, *values, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True
+    )
+    if key is not None and compiled is not None:
+        if len(config.compiled) >= _REMEMBERED:
+            config.compiled.clear()
+        config.compiled[key] = compiled
 
 
 class TritonLinear:
@@ -84,7 +123,7 @@ class TritonLinear:
         walks = spec.heads * blocks * (1 if spec.packed else spec.batch)
         wanted = max(1, -(-shape.programs // max(1, walks)))
         length = max(4 * shape.chunk, 1 << max(0, (-(-tokens // wanted) - 1).bit_length()))
-        return LinearPlan(shape, few and spec.causal, length)
+        return LinearPlan(shape, few and spec.causal, length, {})
 
     def forward(self, operands: LinearOperands, spec: LinearSpec, config: LinearPlan, *, state: bool) -> LinearResult:
         with made_current(operands.q):
@@ -132,15 +171,16 @@ class _Call:
         self.keys = self.queries if spec.causal else self._cut(self.k.shape[2])
         self.sizes = (self.q.shape[3], self.v.shape[3])
         self.least = min(64, config.shape.out.block_b)
-        self.dtype_flags: dict[str, Any] = {
+        self.flags: dict[str, Any] = {
             "DECAY": DECAYS[spec.decay],
             "EXCLUSIVE": spec.exclusive,
             "FEATURE": FEATURES[spec.feature_map],
             "SCALED": spec.scale != 1.0,
             "NORMALIZE": spec.normalize,
             "PACKED": spec.packed,
+            "PRECISION": "tf32" if spec.dtype == "float16" else "tf32x3" if max(self.sizes) <= 64 else "ieee",
         }
-        self.precision = "tf32" if spec.dtype == "float16" else "tf32x3" if max(self.sizes) <= 64 else "ieee"
+        """Compile-time parameters that kernels share; each takes those it has."""
         self.gate: Tensor | None = self.decay
 
     def _cut(self, tokens: int) -> Cut:
@@ -211,13 +251,16 @@ class _Call:
         end_s, end_z = self._empty_state(spec.batch, state)
         block_d, block_v = _power(size), min(16, _power(size_v))
         gate = self.q if self.decay is None else self.decay
-        recur[(spec.batch * spec.heads * -(-size_v // block_v),)](
+        arguments = (
             self.q, self.k, self.v, out, den, gate, self.first_s, self.first_z, end_s, end_z, self.cu_seqlens,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *out.stride()[:3], *gate.stride()[:3],
             spec.heads, self.q.shape[2], spec.scale,
-            D=size, DV=size_v, BLOCK_D=block_d, BLOCK_V=block_v, BEGIN=self.first_s is not None,
-            BEGIN_Z=self.first_z is not None, END=state, **self.dtype_flags, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
+        constants = {
+            "D": size, "DV": size_v, "BLOCK_D": block_d, "BLOCK_V": block_v, "BEGIN": self.first_s is not None,
+            "BEGIN_Z": self.first_z is not None, "END": state, **self.flags,
+        }  # fmt: skip
+        _launch(self.config, recur, spec.batch * spec.heads * -(-size_v // block_v), arguments, constants, 4)
         return LinearResult(out, den, end_s, end_z)
 
     def _empty_state(self, rows: int, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -268,26 +311,32 @@ class _Call:
             min(shape.sums.block_b, _power(size, self.least)),
             min(shape.sums.block_b, _power(size_v, self.least)),
         )
-        flags = {**self.dtype_flags, "SCALED": self.dtype_flags["SCALED"] and reverse}
+        flags = {**self.flags, "SCALED": self.flags["SCALED"] and reverse}
         if cut.slots:
-            segment_sums[(cut.slots * spec.heads * -(-size // block_a) * -(-size_v // block_b),)](
+            arguments = (
                 a, b, e, self.gate, *cut.tables, s, z, total,
                 *a.stride()[:3], *b.stride()[:3], *self._gate_strides(),
                 spec.heads, cut.segments, cut.tokens, cut.length, scale,
-                DA=size, DB=size_v, BLOCK_A=block_a, BLOCK_B=block_b, CHUNK=shape.chunk, REVERSE=reverse, **flags,
-                PRECISION=self.precision,
-                num_warps=shape.sums.num_warps, num_stages=shape.sums.num_stages, enable_fp_fusion=True,
             )  # fmt: skip
+            constants = {
+                "DA": size, "DB": size_v, "BLOCK_A": block_a, "BLOCK_B": block_b, "CHUNK": shape.chunk,
+                "REVERSE": reverse, **flags,
+            }  # fmt: skip
+            programs = cut.slots * spec.heads * -(-size // block_a) * -(-size_v // block_b)
+            tile = shape.sums
+            _launch(self.config, segment_sums, programs, arguments, constants, tile.num_warps, tile.num_stages)
         end_s, end_z = self._empty_state(spec.batch, end)
         rows, columns = 16, _power(size_v)
-        scan_segments[(spec.batch * spec.heads * -(-size // rows),)](
+        arguments = (
             s, z, total, begin[0], begin[1], end_s, end_z,
             *((None,) * 4 if other is None else other[:4]), crossing, cut.tables[2],
             spec.heads, cut.segments,
-            DA=size, DB=size_v, BLOCK_A=rows, BLOCK_B=columns, REVERSE=reverse, DECAY=self.dtype_flags["DECAY"],
-            NORMALIZE=spec.normalize, PACKED=spec.packed, BEGIN=begin[0] is not None, BEGIN_Z=begin[1] is not None,
-            END=end, CROSSING=other is not None, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
+        constants = {
+            "DA": size, "DB": size_v, "BLOCK_A": rows, "BLOCK_B": columns, "REVERSE": reverse, **self.flags,
+            "BEGIN": begin[0] is not None, "BEGIN_Z": begin[1] is not None, "END": end, "CROSSING": other is not None,
+        }  # fmt: skip
+        _launch(self.config, scan_segments, spec.batch * spec.heads * -(-size // rows), arguments, constants, 4)
         if not spec.causal:
             return _States(end_s, end_z, end_s, end_z, None)
         return _States(s, z, end_s, end_z, crossing)
@@ -313,15 +362,19 @@ class _Call:
         size_a, size_b = x.shape[3], y.shape[3]
         block_b = min(tile.block_b, _power(size_b, self.least))
         strides = (0, 0, 0) if source is None else source.stride()[:3]
-        walk[(cut.slots * spec.heads * -(-size_b // block_b),)](
+        arguments = (
             x, a, b, y, source, states.s, states.z, e, den, self.gate, inner, moved, *cut.tables,
             *x.stride()[:3], *a.stride()[:3], *b.stride()[:3], *y.stride()[:3], *strides, *self._gate_strides(),
             0 if moved is None else moved.stride(0),
             spec.heads, cut.segments, cut.tokens, cut.length, spec.scale,
-            ROLE=role, DA=size_a, DB=size_b, BLOCK_A=_power(size_a, self.least), BLOCK_B=block_b, CHUNK=shape.chunk,
-            CAUSAL=spec.causal, STATE=states.s is not None, GATES=moved is not None, **self.dtype_flags,
-            PRECISION=self.precision, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
+        constants = {
+            "ROLE": role, "DA": size_a, "DB": size_b, "BLOCK_A": _power(size_a, self.least), "BLOCK_B": block_b,
+            "CHUNK": shape.chunk, "CAUSAL": spec.causal, "STATE": states.s is not None, "GATES": moved is not None,
+            **self.flags,
+        }  # fmt: skip
+        programs = cut.slots * spec.heads * -(-size_b // block_b)
+        _launch(self.config, walk, programs, arguments, constants, tile.num_warps, tile.num_stages)
 
     def _denominator(self, dout: Tensor, out: Tensor, den: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """dout / den and the gradient of den. In float32 for float16, whose range 1/den may leave."""
@@ -334,10 +387,9 @@ class _Call:
         dnum, e = torch.empty(dout.shape, dtype=dtype, device=dout.device), torch.empty_like(den)
         batch, heads, n, size = dout.shape
         if dout.numel():
-            denominator_gradient[(batch * heads * -(-n // 32),)](
-                dout, out, den, dnum, e, *dout.stride()[:3], *out.stride()[:3], heads, n,
-                DV=size, BLOCK_V=_power(size), BLOCK_M=32, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+            arguments = (dout, out, den, dnum, e, *dout.stride()[:3], *out.stride()[:3], heads, n)
+            constants = {"DV": size, "BLOCK_V": _power(size), "BLOCK_M": 32}
+            _launch(self.config, denominator_gradient, batch * heads * -(-n // 32), arguments, constants, 4)
         return dnum, e
 
     def _inner_scores(self) -> Tensor | None:
@@ -356,19 +408,14 @@ class _Call:
         where = (spec.heads, cut.segments, cut.tokens, cut.length)
         strides = (*self.q.stride()[:3], *self.k.stride()[:3])
         if cut.slots:
-            running_sums[(cut.slots * spec.heads * (cut.length // shape.chunk) * -(-size // block),)](
-                decay, sums, *cut.tables, *decay.stride()[:3], *where,
-                D=size, BLOCK_D=block, CHUNK=shape.chunk, PACKED=spec.packed, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-            inner_scores[(cut.slots * spec.heads * (cut.length // 16),)](
-                self.q, self.k, sums, scores, *cut.tables, *strides, *where, spec.scale,
-                D=size, BLOCK_D=block, CHUNK=shape.chunk, **self._inner_flags(), PRECISION=self.precision,
-                num_warps=shape.inner_warps, enable_fp_fusion=True,
-            )  # fmt: skip
+            constants = {"D": size, "BLOCK_D": block, "CHUNK": shape.chunk, **self.flags}
+            pieces = cut.slots * spec.heads * (cut.length // shape.chunk) * -(-size // block)
+            arguments = (decay, sums, *cut.tables, *decay.stride()[:3], *where)
+            _launch(self.config, running_sums, pieces, arguments, constants, 4)
+            arguments = (self.q, self.k, sums, scores, *cut.tables, *strides, *where, spec.scale)
+            pieces = cut.slots * spec.heads * (cut.length // 16)
+            _launch(self.config, inner_scores, pieces, arguments, constants, shape.inner_warps)
         return scores
-
-    def _inner_flags(self) -> dict[str, Any]:
-        return {name: self.dtype_flags[name] for name in ("EXCLUSIVE", "FEATURE", "SCALED", "PACKED")}
 
     def _inner_gradients(self, dout: Tensor, e: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What chunks give to dq and dk of a decay per channel."""
@@ -381,14 +428,17 @@ class _Call:
         dk = torch.empty_like(dq)
         q, k, v = self.q, self.k, self.v
         if cut.slots:
-            inner_gradients[(cut.slots * spec.heads * (cut.length // 16),)](
+            arguments = (
                 q, k, v, dout, e, self.gate, dq, dk, *cut.tables,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
                 spec.heads, cut.segments, cut.tokens, cut.length, spec.scale,
-                D=size, DV=size_v, BLOCK_D=min(64, _power(size)), BLOCK_V=min(64, _power(size_v)), CHUNK=shape.chunk,
-                **self._inner_flags(), NORMALIZE=spec.normalize, PRECISION=self.precision,
-                num_warps=shape.inner_warps, enable_fp_fusion=True,
             )  # fmt: skip
+            constants = {
+                "D": size, "DV": size_v, "BLOCK_D": min(64, _power(size)), "BLOCK_V": min(64, _power(size_v)),
+                "CHUNK": shape.chunk, **self.flags,
+            }  # fmt: skip
+            pieces = cut.slots * spec.heads * (cut.length // 16)
+            _launch(self.config, inner_gradients, pieces, arguments, constants, shape.inner_warps)
         return dq, dk
 
     def _moved(self, grad: Tensor) -> Tensor:
@@ -408,12 +458,12 @@ class _Call:
         ddecay = torch.empty_like(moved_q[0])
         block = min(64, _power(size)) if size > 1 else 1
         if cut.slots:
-            decay_gradient[(cut.slots * spec.heads * -(-size // block),)](
+            arguments = (
                 moved_q, moved_k, crossing, ddecay, *cut.tables, moved_q.stride(0),
                 spec.heads, cut.segments, cut.tokens, cut.length, moved_q.shape[0], moved_k.shape[0],
-                D=size, BLOCK_D=block, CHUNK=shape.chunk, EXCLUSIVE=spec.exclusive, PACKED=spec.packed,
-                num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
+            constants = {"D": size, "BLOCK_D": block, "CHUNK": shape.chunk, **self.flags}
+            _launch(self.config, decay_gradient, cut.slots * spec.heads * -(-size // block), arguments, constants, 4)
         return ddecay
 
 
