@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewise.errors import UnsupportedError, bad_type, bad_value
-from tilewise.masks import BigBird, Dense, Longformer, Mask, Window
+from tilewise.masks import BigBird, Dense, Longformer, Mask, Prefix, Window
 from tilewise.nn.attention import GroupedQueryAttention, Settings
 from tilewise.ops import checks
 from tilewise.ops.dense import attention
@@ -140,8 +140,14 @@ class LongformerAttention(SparseAttention):
                 raise bad_value(name, settings[name], want, "SparseAttention(mask=masks.Longformer(...))")
         places = tuple(sorted(set(global_tokens)))
         half = window // 2
-        super().__init__(dim, heads, Longformer(window, places) if places else Window(half, half), **settings)
-        self.global_tokens = places
+        local: Mask = Window(half, half)
+        # The first tokens are global in most uses: their rows are computed apart, so that the local pass can leave them
+        # to their window, and they are a slice, for which nothing is copied from the host.
+        leading = places == tuple(range(len(places)))
+        if places:
+            local = local | Prefix(len(places)) if leading else Longformer(window, places)
+        super().__init__(dim, heads, local, **settings)
+        self.global_tokens, self._leading = places, leading
         make: dict[str, Any] = {"device": self.q_proj.weight.device, "dtype": self.q_proj.weight.dtype}
         bias = self.q_proj.bias is not None
         self.global_q_proj = nn.Linear(dim, heads * self.head_dim, bias=bias, **make)
@@ -184,7 +190,8 @@ class LongformerAttention(SparseAttention):
             raise bad_value("global_tokens", self.global_tokens, f"places below N = {q.shape[1]}")
         self._check(q, q, q, False, None, positions, None, False)
         dropout = self.dropout if self.training else 0.0
-        places = torch.tensor(self.global_tokens, device=q.device)
+        count = len(self.global_tokens)
+        places = slice(0, count) if self._leading else torch.tensor(self.global_tokens, device=q.device)
         given: dict[str, Any] = {
             "softcap": self.softcap,
             "scale": self.scale,
@@ -195,10 +202,12 @@ class LongformerAttention(SparseAttention):
             attention(*self._projected(q, kind, rows, positions), mask=seen, sink=self.sinks, **given)
             for kind, rows, seen in (("", None, _both(self.mask, mask)), ("global_", places, mask))
         )
+        if isinstance(places, slice):
+            return self._output(torch.cat((chosen, local[:, :, count:]), 2))
         return self._output(local.index_copy(2, places, chosen))
 
     def _projected(
-        self, x: Tensor, kind: str, rows: Tensor | None, positions: Tensor | None
+        self, x: Tensor, kind: str, rows: Tensor | slice | None, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value heads through the projections of one kind; queries of some rows only."""
         q_proj, k_proj, v_proj = (getattr(self, f"{kind}{name}_proj") for name in "qkv")

@@ -177,20 +177,42 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_selectable_shape(variant: dict[str, Any], dim: int, dtype: torch.dtype) -> None:
     """Against float64 on the device; several segments, ragged. Compilers have miscompiled such kernels on Hopper."""
-    n, heads = 1100, 3
-    g = torch.Generator(device="cuda").manual_seed(dim)
-    q, k, v, dout = (torch.randn(2, heads, n, dim, generator=g, device="cuda").to(dtype) for _ in range(4))
+    check_on_device(variant, dim, dtype, 2, 1100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.get("causal", True)], ids=str)
+def test_every_shape_packed_and_recurrent(variant: dict[str, Any], dim: int, dtype: torch.dtype) -> None:
+    check_on_device(variant, dim, dtype, 1, 700, lengths=(1, 66, 0, 300, 333))
+    check_on_device(variant, dim, dtype, 2, 13)
+
+
+def check_on_device(
+    variant: dict[str, Any], dim: int, dtype: torch.dtype, batch: int, n: int, lengths: tuple[int, ...] = ()
+) -> None:
+    """Forward and backward of [batch, 3, n, dim], or of sequences of `lengths`, against float64."""
+    heads = 3
+    g = torch.Generator(DEVICE).manual_seed(dim)
+    q, k, v, dout = (torch.randn(batch, heads, n, dim, generator=g, device=DEVICE).to(dtype) for _ in range(4))
+    cu_seqlens = torch.tensor((0, *lengths), device=DEVICE).cumsum(0).int() if lengths else None
     decay = None
     if "decay" in variant:
-        shape = (2, heads, n, dim) if variant["decay"] == "channel" else (2, heads, n)
-        decay = torch.nn.functional.logsigmoid(torch.randn(shape, generator=g, device="cuda") + 2)
-        decay = torch.where(torch.rand(shape, generator=g, device="cuda") < 0.02, -30.0, decay)
-    spec = LinearSpec(2, heads, n, n, dim, dim, str(dtype).removeprefix("torch."), "sm_90", **variant)
+        shape = (batch, heads, n, dim) if variant["decay"] == "channel" else (batch, heads, n)
+        decay = torch.nn.functional.logsigmoid(torch.randn(shape, generator=g, device=DEVICE) + 2)
+        decay = torch.where(torch.rand(shape, generator=g, device=DEVICE) < 0.02, -30.0, decay)
+    spec = LinearSpec(
+        len(lengths) or batch, heads, n, n, dim, dim, str(dtype).removeprefix("torch."), "sm_90",
+        packed=bool(lengths), **variant,
+    )  # fmt: skip
     plan = TRITON_LINEAR.configure(spec)._replace(length=4 * TRITON_LINEAR.configure(spec).shape.chunk)
-    operands = LinearOperands(q, k, v, decay)
+    operands = LinearOperands(q, k, v, decay, cu_seqlens=cu_seqlens)
     result = TRITON_LINEAR.forward(operands, spec, plan, state=True)
     grads = TRITON_LINEAR.backward(dout, None, None, operands, result.out, result.den, spec, plan, decay is not None)
-    exact_operands = LinearOperands(*(None if x is None else x.double() for x in operands))  # type: ignore[arg-type]
+    exact_operands = operands._replace(
+        q=q.double(), k=k.double(), v=v.double(), decay=None if decay is None else decay.double()
+    )
     tiled = TILED_LINEAR.configure(spec)
     exact = TILED_LINEAR.forward(exact_operands, spec, tiled, state=True)
     exact_grads = TILED_LINEAR.backward(
