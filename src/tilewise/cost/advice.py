@@ -125,19 +125,21 @@ def _decode(spec: AttentionSpec, device: Device, layers: int) -> Advice:
             "heads share one"
         )
     alternatives += [
-        "int8 or fp8 caches halve what is read, where the error is allowed",
+        "an int8 cache halves what is read, where the error is allowed",
         f"linear attention keeps a state of {spec.head_dim}×{spec.v_head_dim} a head whatever the length",
     ]
-    return Advice("flash", _backend(spec, device), tuple(reasons), tuple(alternatives), bother=True)
+    return Advice("flash", _portable(device), tuple(reasons), tuple(alternatives), bother=True)
 
 
 def _backend(spec: AttentionSpec, device: Device) -> str:
     """What `auto` would prefer on such a device; what really runs is for `tilewise explain` to say."""
-    if device.arch == "cpu":
-        return "tiled"
-    if device.arch == "sm_90" and spec.dtype in ("float16", "bfloat16"):
-        return "hopper, else triton"
-    return "triton" if device.arch not in ("sm_70", "sm_75") else "tiled"
+    hopper = device.arch == "sm_90" and spec.dtype in ("float16", "bfloat16")
+    return "hopper, else triton" if hopper else _portable(device)
+
+
+def _portable(device: Device) -> str:
+    """Of the two that decode, too, what runs there."""
+    return "tiled" if device.arch in ("cpu", "sm_70", "sm_75") else "triton"
 
 
 def _size(count: float) -> str:
