@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import oracle
+from tilewise.backends.base import Operands
 from tilewise.backends.hopper import HOPPER, schedule
 from tilewise.backends.hopper.backward import backward_obstacle
 from tilewise.backends.hopper.backward import plan as backward_plan
 from tilewise.backends.hopper.configs import SELECTABLE, forward_config
 from tilewise.backends.hopper.launch import for_copy_engine
 from tilewise.masks import BigBird, Causal, Mask, PerHead, Prefix, Window, tile_map
-from tilewise.masks.tensors import to_tensors
+from tilewise.masks.tensors import pack, to_tensors
 from tilewise.ops.dispatch import choose
 from tilewise.spec import AttentionSpec
 
@@ -174,3 +175,30 @@ def test_only_what_the_copy_engine_cannot_take_is_copied() -> None:
         assert strides[3] == 1
     _, strides = for_copy_engine(x.as_strided((1, 1, 5, 64), (7, 3, 64, 1)))
     assert strides == [8, 8, 64, 1]
+
+
+def test_a_kernel_is_remembered_by_what_its_pointers_point_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks of two dtypes are two kernels; a mask of other contents is the same one."""
+    pytest.importorskip("triton")
+    from tilewise.backends.hopper import forward, launch
+
+    asked: list[int] = []
+    ran: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **options: (asked if options else ran).append(1) or self
+
+    monkeypatch.setattr(forward, "attention_forward", Kernel())
+    monkeypatch.setattr(launch, "multiprocessors", lambda index: 132)
+    q = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
+    spec = AttentionSpec(1, 2, 2, 256, 256, 64, 64, "bfloat16", "sm_90", 0.125, sink=True)
+    plan = launch.plan(spec)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        launch.forward(Operands(q, q, q, sink=torch.zeros(2, dtype=dtype)), spec, plan)
+    assert (len(asked), len(ran)) == (2, 1)
+    masked = replace(spec, sink=False, mask=str(Prefix(3)))
+    plan = launch.plan(masked)
+    for mask in (Prefix(3), Prefix(3)):
+        launch.forward(Operands(q, q, q, mask_tensors=pack(mask)[1]), masked, plan)
+    assert (len(asked), len(ran)) == (3, 2)

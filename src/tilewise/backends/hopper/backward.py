@@ -131,12 +131,13 @@ def run(
     from tilewise.backends.hopper.backward_kernel import attention_backward
     from tilewise.backends.hopper.conversion import convert_dq
     from tilewise.backends.hopper.preprocess import row_statistics
-    from tilewise.backends.hopper.primitives import box_descriptor, gl, tile_descriptor
+    from tilewise.backends.hopper.primitives import FLAT, box_descriptor, tile_descriptor
 
     q, k, v = operands.q, operands.k, operands.v
     block_d, packed = prepared.block_d, spec.packed
     # Kept until the kernels are launched: descriptors know addresses only.
-    q, k, v, dout = inputs = [for_copy_engine(x)[0] for x in (q, k, v, dout)]
+    inputs = [for_copy_engine(x) for x in (q, k, v, dout)]
+    q, k, v, dout = (x for x, _ in inputs)
     out = out if out.stride(3) == 1 else out.contiguous()
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     pairs = -(-spec.q_len // PAIR)
@@ -153,18 +154,17 @@ def run(
     dlse = None if dlse is None else dlse.contiguous()
     sink = None if dsink is None else operands.sink
     cu_q, cu_k = operands.cu_seqlens_q, operands.cu_seqlens_k
-    flat = gl.NVMMASharedLayout(0, 32, 2)
 
-    def tiles_of(x: Tensor) -> Any:
-        return tile_descriptor(*for_copy_engine(x), 64, block_d, packed)
+    def tiles_of(x: Tensor, strides: list[int]) -> Any:
+        return tile_descriptor(x, strides, 64, block_d, packed)
 
     # Before the first launch: the device would wait for the descriptors between the kernels.
     main_arguments = (
-        *(tiles_of(x) for x in inputs),
-        box_descriptor(statistics, [total // 32, 64], [64, 1], [2, 64], flat),
-        box_descriptor(accumulator, [total * block_d // 256, 256], [256, 1], [16, 256], flat),
-        tiles_of(dk),
-        tiles_of(dv),
+        *(tiles_of(*x) for x in inputs),
+        box_descriptor(statistics, [total // 32, 64], [64, 1], [2, 64], FLAT),
+        box_descriptor(accumulator, [total * block_d // 256, 256], [256, 1], [16, 256], FLAT),
+        tiles_of(*for_copy_engine(dk)),
+        tiles_of(*for_copy_engine(dv)),
         operands.q_offset,
         cu_q,
         cu_k,

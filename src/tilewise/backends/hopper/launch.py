@@ -38,10 +38,8 @@ class ForwardPlan(NamedTuple):
     softcap_in: float
     listed: bool
     """Tiles differ in length and the host knows how: each CTA has its own list of them."""
-    steady: bool
-    """No operands but q, k and v, so that the compiled kernel follows from their dtype alone."""
-    compiled: dict[int, Any]
-    """Compiled kernels by device."""
+    compiled: dict[Any, Any]
+    """Compiled kernels by device and by what the pointers point at: the kernel is specialised on nothing else."""
 
     def __str__(self) -> str:
         return str(self.config)
@@ -96,7 +94,6 @@ def plan(spec: AttentionSpec, config: ForwardConfig | None = None) -> ForwardPla
         scale_log2,
         softcap_in,
         listed,
-        steady=not (spec.packed or spec.mask is not None or spec.sink or spec.q_offset == "tensor"),
         compiled={},
     )
 
@@ -181,11 +178,7 @@ def launch(
         order = schedule.of_band(spec, rows, config.block_n, programs, q.device)
     else:
         order = lse
-    arguments = (
-        tile_descriptor(q, q_strides, 64, config.block_d, spec.packed),
-        tile_descriptor(k, k_strides, config.block_n, config.block_d, spec.packed),
-        tile_descriptor(v, v_strides, config.block_n, config.block_dv, spec.packed),
-        tile_descriptor(out, out_strides, 64, config.block_dv, spec.packed),
+    pointers = (
         lse,
         order,
         lse if queue is None else queue,
@@ -194,6 +187,13 @@ def launch(
         order if operands.cu_seqlens_q is None else operands.cu_seqlens_q,
         order if operands.cu_seqlens_k is None else operands.cu_seqlens_k,
         *((order,) * 8 if tiles is None else _map_arguments(tiles, counts)),
+    )
+    arguments = (
+        tile_descriptor(q, q_strides, 64, config.block_d, spec.packed),
+        tile_descriptor(k, k_strides, config.block_n, config.block_d, spec.packed),
+        tile_descriptor(v, v_strides, config.block_n, config.block_dv, spec.packed),
+        tile_descriptor(out, out_strides, 64, config.block_dv, spec.packed),
+        *pointers,
         spec.heads,
         spec.group,
         spec.q_len,
@@ -211,13 +211,14 @@ def launch(
         prepared.softcap_in,
         *prepared.constants,
     )
-    compiled = prepared.compiled.get(index)
+    key = (index, *(x.dtype for x in pointers))
+    compiled = prepared.compiled.get(key)
     if compiled is not None:
         compiled[programs, 1, 1](*arguments)
         return
     compiled = attention_forward[(programs,)](*arguments, num_warps=4, enable_fp_fusion=True)
-    if prepared.steady and compiled is not None:
-        prepared.compiled[index] = compiled
+    if compiled is not None:
+        prepared.compiled[key] = compiled
 
 
 def _map_arguments(tiles: TileTensors, counts: Tensor) -> tuple[Tensor, ...]:

@@ -131,6 +131,10 @@ def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for(list(box), _TYPES[dtype])
 
 
+FLAT = gl.NVMMASharedLayout(0, 32, 2)
+"""Of boxes of float32 that only the copy engine and plain loads touch: rows one after the other."""
+
+
 class Address(NamedTuple):
     """What a descriptor needs of its tensor. It does not keep the tensor alive, so descriptors may be cached."""
 
