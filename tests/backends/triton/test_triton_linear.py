@@ -189,24 +189,55 @@ def test_every_shape_packed_and_recurrent(variant: dict[str, Any], dim: int, dty
     check_on_device(variant, dim, dtype, 2, 13)
 
 
+CHANNEL = [variant for variant in VARIANTS if variant.get("decay") == "channel"]
+
+
+@pytest.mark.parametrize("strong", [0.0, 0.005], ids=["gentle", "strong"])
+@pytest.mark.parametrize("variant", CHANNEL, ids=str)
+def test_whole_chunks(variant: dict[str, Any], strong: float) -> None:
+    """Chunks that decay little are one product, others go through their subchunks."""
+    check_on_device(variant, 24, torch.float32, 1, 101, heads=1, whole=True, strong=strong)
+    check_on_device(variant, 24, torch.float16, 1, 130, heads=1, whole=True, strong=strong)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("variant", CHANNEL, ids=str)
+def test_every_shape_in_whole_chunks(variant: dict[str, Any], dim: int, dtype: torch.dtype) -> None:
+    for warps in (4, 8):
+        check_on_device(variant, dim, dtype, 2, 1100, whole=True, strong=0.0, warps=warps)
+        check_on_device(variant, dim, dtype, 1, 700, (1, 66, 0, 300, 333), whole=True, strong=1e-4, warps=warps)
+
+
 def check_on_device(
-    variant: dict[str, Any], dim: int, dtype: torch.dtype, batch: int, n: int, lengths: tuple[int, ...] = ()
+    variant: dict[str, Any],
+    dim: int,
+    dtype: torch.dtype,
+    batch: int,
+    n: int,
+    lengths: tuple[int, ...] = (),
+    *,
+    heads: int = 3,
+    whole: bool = False,
+    strong: float = 0.02,
+    warps: int = 4,
 ) -> None:
-    """Forward and backward of [batch, 3, n, dim], or of sequences of `lengths`, against float64."""
-    heads = 3
+    """Forward and backward of [batch, heads, n, dim], or of sequences of `lengths`, against float64."""
     g = torch.Generator(DEVICE).manual_seed(dim)
     q, k, v, dout = (torch.randn(batch, heads, n, dim, generator=g, device=DEVICE).to(dtype) for _ in range(4))
     cu_seqlens = torch.tensor((0, *lengths), device=DEVICE).cumsum(0).int() if lengths else None
     decay = None
     if "decay" in variant:
         shape = (batch, heads, n, dim) if variant["decay"] == "channel" else (batch, heads, n)
-        decay = torch.nn.functional.logsigmoid(torch.randn(shape, generator=g, device=DEVICE) + 2)
-        decay = torch.where(torch.rand(shape, generator=g, device=DEVICE) < 0.02, -30.0, decay)
+        decay = torch.nn.functional.logsigmoid(torch.randn(shape, generator=g, device=DEVICE) + (2 if strong else 4))
+        decay = torch.where(torch.rand(shape, generator=g, device=DEVICE) < strong, -30.0, decay)
     spec = LinearSpec(
         len(lengths) or batch, heads, n, n, dim, dim, str(dtype).removeprefix("torch."), "sm_90",
         packed=bool(lengths), **variant,
     )  # fmt: skip
-    plan = TRITON_LINEAR.configure(spec)._replace(length=4 * TRITON_LINEAR.configure(spec).shape.chunk)
+    shape = TRITON_LINEAR.configure(spec).shape._replace(whole=whole, inner_warps=warps)
+    plan = TRITON_LINEAR.configure(spec)._replace(shape=shape, length=4 * shape.chunk)
     operands = LinearOperands(q, k, v, decay, cu_seqlens=cu_seqlens)
     result = TRITON_LINEAR.forward(operands, spec, plan, state=True)
     grads = TRITON_LINEAR.backward(dout, None, None, operands, result.out, result.den, spec, plan, decay is not None)

@@ -25,8 +25,8 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def compiled(spec: LinearSpec) -> list[Report]:
-    """The kernels of forward and backward, as their launchers launch them."""
+def compiled(spec: LinearSpec, **changes: Any) -> list[Report]:
+    """The kernels of forward and backward, as their launchers launch them; `changes` to the launch shapes."""
     dtype = getattr(torch, spec.dtype)
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -40,6 +40,7 @@ def compiled(spec: LinearSpec) -> list[Report]:
     q, v = meta(*shape, spec.head_dim), meta(*shape, spec.v_head_dim)
     operands = LinearOperands(q, meta(*q.shape), v, gates, cu_seqlens=cu_seqlens)
     plan = TRITON_LINEAR.configure(spec)
+    plan = plan._replace(shape=plan.shape._replace(**changes))
     with compiling(90) as kernels:
         result = TRITON_LINEAR.forward(operands, spec, plan, state=True)
         dout = meta(*v.shape)
@@ -71,6 +72,13 @@ def test_what_runs_most(variant: dict[str, Any], compiler: None) -> None:
 )
 def test_others(dim: int, v_dim: int, dtype: str, variant: dict[str, Any], compiler: None) -> None:
     check(compiled(LinearSpec(2, 4, 4096, 4096, dim, v_dim, dtype, "sm_90", **variant)))
+
+
+def test_whole_chunks(compiler: None) -> None:
+    spec = LinearSpec(1, 16, 16384, 16384, 128, 128, "bfloat16", "sm_90", decay="channel", exclusive=True)
+    reports = compiled(spec, whole=True, inner_warps=8)
+    check(reports)
+    assert all(report.spills == 0 for report in reports if report.kernel.startswith("inner"))
 
 
 def test_a_few_tokens_need_one_kernel(compiler: None) -> None:

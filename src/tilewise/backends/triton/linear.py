@@ -413,7 +413,8 @@ class _Call:
             arguments = (decay, sums, *cut.tables, *decay.stride()[:3], *where)
             _launch(self.config, running_sums, pieces, arguments, constants, 4)
             arguments = (self.q, self.k, sums, scores, *cut.tables, *strides, *where, spec.scale)
-            pieces = cut.slots * spec.heads * (cut.length // 16)
+            pieces = cut.slots * spec.heads * (cut.length // shape.inner_rows)
+            constants["WHOLE"] = shape.whole
             _launch(self.config, inner_scores, pieces, arguments, constants, shape.inner_warps)
         return scores
 
@@ -435,9 +436,9 @@ class _Call:
             )  # fmt: skip
             constants = {
                 "D": size, "DV": size_v, "BLOCK_D": min(64, _power(size)), "BLOCK_V": min(64, _power(size_v)),
-                "CHUNK": shape.chunk, **self.flags,
+                "CHUNK": shape.chunk, "WHOLE": shape.whole, **self.flags,
             }  # fmt: skip
-            pieces = cut.slots * spec.heads * (cut.length // 16)
+            pieces = cut.slots * spec.heads * (cut.length // shape.inner_rows)
             _launch(self.config, inner_gradients, pieces, arguments, constants, shape.inner_warps)
         return dq, dk
 

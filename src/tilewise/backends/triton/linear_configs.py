@@ -34,8 +34,14 @@ class Shape(NamedTuple):
     gradient: Walk
     sums: Walk
     inner_warps: int = 4
+    whole: bool = False
+    """Whether a program of what happens within a chunk owns the chunk, or 16 of its rows."""
     programs: int = 528
     """Walks that fill the device: segments are as long as this allows."""
+
+    @property
+    def inner_rows(self) -> int:
+        return self.chunk if self.whole else 16
 
     def __str__(self) -> str:
         return f"chunks of {self.chunk}, walks of {self.out.block_b} columns, {self.out.num_warps} warps"

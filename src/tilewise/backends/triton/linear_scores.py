@@ -5,11 +5,12 @@ would overflow. So a chunk is cut into subchunks of 16 rows: between subchunks t
 the row's own subchunk, `q e^{G_i − A} · k e^{A − G_j}`, both at most 0, and goes through the tensor cores. Within a
 subchunk `A − G_j` is positive. Where the whole subchunk decays by less than e^{−40} (e^{−8} in float16), as with gates
 that let anything through, that is far inside the range and one product serves it too; otherwise every exponent is
-formed for itself, key by key.
+formed for itself, key by key. Where that holds of the whole chunk (WHOLE), it is one product with A = 0.
 
 `running_sums`: G from the decays, float32, counted from each chunk's start. `inner_scores`: one program owns the rows
 of one subchunk and writes their w [16, chunk]. `inner_gradients`: one program owns the rows of one subchunk and writes
-what the chunk gives to their dq (as queries) and dk (as keys), float32, from dw_ij = dout_i·v_j (+ e_i).
+what the chunk gives to their dq (as queries) and dk (as keys), float32, from dw_ij = dout_i·v_j (+ e_i). With WHOLE a
+program owns a chunk, and does one subchunk after the other where it must.
 `decay_gradient`: the log decay at t moves every pair j < t ≤ i: the suffix sum of q∘dq − k∘dk within the segment, plus
 what crosses its end.
 
@@ -42,10 +43,18 @@ def _edges(sums_ptr, start, own, end, dims, D: tl.constexpr, HALF: tl.constexpr)
     before = tl.load(sums_ptr + tl.maximum(own - 1, 0) * D + dims, mask=dims < D, other=0.0)
     before = tl.where(own > start, before, 0.0)
     last = tl.load(sums_ptr + (end - 1) * D + dims, mask=dims < D, other=0.0)
-    limit = 40.0
-    if HALF:
-        limit = 8.0
-    return before, last, tl.max(before - last, 0) < limit
+    return before, last, tl.max(before - last, 0) < (8.0 if HALF else 40.0)
+
+
+@triton.jit
+def _whole_is_safe(sums_ptr, end, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr):
+    """Whether a chunk that ends before row `end` decays so little in every channel that it need not be cut."""
+    most = 0.0
+    for block in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        dims = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        last = tl.load(sums_ptr + (end - 1) * D + dims, mask=dims < D, other=0.0)
+        most = tl.maximum(most, tl.max(-last, 0))
+    return most < (8.0 if HALF else 40.0)
 
 
 @triton.jit(do_not_specialize=["heads", "segments", "n", "length"])
@@ -88,56 +97,25 @@ def running_sums(
 
 @triton.jit
 def _corner(
-    program, heads, segments, n, length, cu_ptr, slot_sequence, first_slot, CHUNK: tl.constexpr, PACKED: tl.constexpr
+    program, heads, segments, n, length, cu_ptr, slot_sequence, first_slot, ROWS: tl.constexpr, PACKED: tl.constexpr
 ):
-    """Head, batch row, first token and length of the segment, and the first rows of chunk and subchunk."""
-    subchunks = length // SUBCHUNK
-    own = program % subchunks * SUBCHUNK
-    h = program // subchunks % heads
-    slot = program // subchunks // heads
+    """Head, batch row, first token and length of the segment, and the first of the program's rows."""
+    pieces = length // ROWS
+    own = program % pieces * ROWS
+    h = program // pieces % heads
+    slot = program // pieces // heads
     _, batch, first, live = locate(slot, segments, n, cu_ptr, slot_sequence, first_slot, length, PACKED)
-    return h, batch, first, live, own // CHUNK * CHUNK, own
+    return h, batch, first, live, own
 
 
-@triton.jit(do_not_specialize=["heads", "segments", "n", "length"])
-def inner_scores(
-    q_ptr,
-    k_ptr,
-    sums_ptr,
-    scores_ptr,
-    cu_ptr,
-    slot_sequence,
-    first_slot,
-    stride_qb: tl.int64,
-    stride_qh: tl.int64,
-    stride_qn: tl.int64,
-    stride_kb: tl.int64,
-    stride_kh: tl.int64,
-    stride_kn: tl.int64,
-    heads: tl.int32,
-    segments: tl.int32,
-    n: tl.int32,
-    length: tl.int32,
-    scale: tl.float32,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    EXCLUSIVE: tl.constexpr,
-    FEATURE: tl.constexpr,
-    SCALED: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """scores [B, H, N, CHUNK], 0 where a row sees nothing."""
-    h, batch, first, live, start, own = _corner(
-        tl.program_id(0), heads, segments, n, length, cu_ptr, slot_sequence, first_slot, CHUNK, PACKED
-    )
-    if own >= live:
-        return
-    head = (batch * heads + h).to(tl.int64) * n + first
-    q_ptr += batch * stride_qb + h * stride_qh + first * stride_qn
-    k_ptr += batch * stride_kb + h * stride_kh + first * stride_kn
-    sums_ptr += head * D
+@triton.jit
+def _subchunk_scores(
+    q_ptr, k_ptr, sums_ptr, scores_ptr, stride_qn, stride_kn, live, own, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, EXCLUSIVE: tl.constexpr, FEATURE: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores [16, CHUNK] of the rows from `own`; pointers to the segment's first token."""
+    start = own // CHUNK * CHUNK
     rows = own + tl.arange(0, SUBCHUNK)
     cols = start + tl.arange(0, CHUNK)
     one = tl.arange(0, 1)
@@ -168,8 +146,206 @@ def inner_scores(
             else:
                 seen = (cols[None, :] == own + step) & (rows >= own + step)[:, None]
             scores += tl.where(seen, score[:, None], 0.0)
-    out = scores_ptr + (head + rows)[:, None] * CHUNK + (cols - start)[None, :]
+    out = scores_ptr + rows[:, None] * CHUNK + (cols - start)[None, :]
     tl.store(out, scores.to(scores_ptr.dtype.element_ty), mask=(rows < live)[:, None])
+
+
+@triton.jit
+def _chunk_scores(
+    q_ptr, k_ptr, sums_ptr, scores_ptr, stride_qn, stride_kn, live, start, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, EXCLUSIVE: tl.constexpr, FEATURE: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scores [CHUNK, CHUNK] of a chunk that decays little."""
+    rows = start + tl.arange(0, CHUNK)
+    SHIFT = tl.constexpr(1 if EXCLUSIVE else 0)
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for block in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        dims = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        q = mapped(load_rows(q_ptr, stride_qn, rows, live, dims, D), scale, rows, live, dims, D, FEATURE, SCALED)
+        k = mapped(load_rows(k_ptr, stride_kn, rows, live, dims, D), 1.0, rows, live, dims, D, FEATURE, False)
+        sums_q, _ = channel_decay(sums_ptr, rows, start, live, dims, D, EXCLUSIVE, CHUNK)
+        sums_k = load_rows(sums_ptr, D, rows, live, dims, D)
+        left = (q.to(tl.float32) * tl.exp(sums_q)).to(q.dtype)
+        right = (k.to(tl.float32) * tl.exp(-sums_k)).to(q.dtype)
+        scores = tl.dot(left, tl.trans(right), scores, input_precision=PRECISION)
+    scores = tl.where(rows[None, :] <= rows[:, None] - SHIFT, scores, 0.0)
+    out = scores_ptr + rows[:, None] * CHUNK + (rows - start)[None, :]
+    tl.store(out, scores.to(scores_ptr.dtype.element_ty), mask=(rows < live)[:, None])
+
+
+@triton.jit(do_not_specialize=["heads", "segments", "n", "length"])
+def inner_scores(
+    q_ptr,
+    k_ptr,
+    sums_ptr,
+    scores_ptr,
+    cu_ptr,
+    slot_sequence,
+    first_slot,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qn: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_kn: tl.int64,
+    heads: tl.int32,
+    segments: tl.int32,
+    n: tl.int32,
+    length: tl.int32,
+    scale: tl.float32,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+    FEATURE: tl.constexpr,
+    SCALED: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """scores [B, H, N, CHUNK], 0 where a row sees nothing."""
+    ROWS: tl.constexpr = CHUNK if WHOLE else SUBCHUNK
+    h, batch, first, live, own = _corner(
+        tl.program_id(0), heads, segments, n, length, cu_ptr, slot_sequence, first_slot, ROWS, PACKED
+    )
+    if own >= live:
+        return
+    head = (batch * heads + h).to(tl.int64) * n + first
+    q_ptr += batch * stride_qb + h * stride_qh + first * stride_qn
+    k_ptr += batch * stride_kb + h * stride_kh + first * stride_kn
+    sums_ptr += head * D
+    scores_ptr += head * CHUNK
+    begin = own
+    if WHOLE:
+        end = tl.minimum(own + CHUNK, live)
+        if _whole_is_safe(sums_ptr, end, D, BLOCK_D, q_ptr.dtype.element_ty == tl.float16):
+            _chunk_scores(
+                q_ptr, k_ptr, sums_ptr, scores_ptr, stride_qn, stride_kn, live, own, scale,
+                D, BLOCK_D, CHUNK, EXCLUSIVE, FEATURE, SCALED, PRECISION,
+            )  # fmt: skip
+            begin = end
+        for piece in range(begin, end, SUBCHUNK):
+            _subchunk_scores(
+                q_ptr, k_ptr, sums_ptr, scores_ptr, stride_qn, stride_kn, live, piece, scale,
+                D, BLOCK_D, CHUNK, EXCLUSIVE, FEATURE, SCALED, PRECISION,
+            )  # fmt: skip
+    else:
+        _subchunk_scores(
+            q_ptr, k_ptr, sums_ptr, scores_ptr, stride_qn, stride_kn, live, own, scale,
+            D, BLOCK_D, CHUNK, EXCLUSIVE, FEATURE, SCALED, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _subchunk_gradients(
+    q_ptr, k_ptr, v_ptr, dout_ptr, e_ptr, sums_ptr, dq_ptr, dk_ptr, stride_qn, stride_kn, stride_vn, stride_on,
+    live, own, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, EXCLUSIVE: tl.constexpr, FEATURE: tl.constexpr, SCALED: tl.constexpr,
+    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and dk [16, D] of the rows from `own`; pointers to the segment's first token."""
+    start = own // CHUNK * CHUNK
+    rows = own + tl.arange(0, SUBCHUNK)
+    cols = start + tl.arange(0, CHUNK)
+    one = tl.arange(0, 1)
+    SHIFT = tl.constexpr(1 if EXCLUSIVE else 0)
+    dtype = dout_ptr.dtype.element_ty
+    as_query = tl.zeros([SUBCHUNK, CHUNK], tl.float32)
+    as_key = tl.zeros([SUBCHUNK, CHUNK], tl.float32)
+    for block in tl.static_range((DV + BLOCK_V - 1) // BLOCK_V):
+        dims = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        v = load_rows(v_ptr, stride_vn, cols, live, dims, DV)
+        dout = load_rows(dout_ptr, stride_on, rows, live, dims, DV)
+        as_query = tl.dot(dout, tl.trans(v.to(dout.dtype)), as_query, input_precision=PRECISION)
+        v = load_rows(v_ptr, stride_vn, rows, live, dims, DV)
+        dout = load_rows(dout_ptr, stride_on, cols, live, dims, DV)
+        as_key = tl.dot(v.to(dout.dtype), tl.trans(dout), as_key, input_precision=PRECISION)
+    if NORMALIZE:
+        as_query += tl.load(e_ptr + rows, mask=rows < live, other=0.0)[:, None]
+        as_key += tl.load(e_ptr + cols, mask=cols < live, other=0.0)[None, :]
+    end = tl.minimum(own + SUBCHUNK, live)
+    for block in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        dims = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        sums_q, _ = channel_decay(sums_ptr, rows, start, live, dims, D, EXCLUSIVE, CHUNK)
+        sums_k = load_rows(sums_ptr, D, rows, live, dims, D)
+        dq = tl.zeros([SUBCHUNK, BLOCK_D], tl.float32)
+        dk = tl.zeros([SUBCHUNK, BLOCK_D], tl.float32)
+        before, last, safe = _edges(sums_ptr, start, own, end, dims, D, k_ptr.dtype.element_ty == tl.float16)
+        near = tl.where(safe, end, own)
+        if near > start:
+            k = mapped(load_rows(k_ptr, stride_kn, cols, near, dims, D), 1.0, cols, near, dims, D, FEATURE, False)
+            sums = load_rows(sums_ptr, D, cols, near, dims, D)
+            right = tl.where((cols < near)[:, None], k.to(tl.float32) * tl.exp(before[None, :] - sums), 0.0)
+            earlier = tl.where((cols < near)[None, :] & (cols[None, :] <= rows[:, None] - SHIFT), as_query, 0.0)
+            dq = tl.dot(earlier.to(dtype), right.to(dtype), input_precision=PRECISION)
+            dq *= tl.exp(sums_q - before[None, :])
+        far = tl.where(safe, own, end)
+        if far < tl.minimum(start + CHUNK, live):
+            q = mapped(load_rows(q_ptr, stride_qn, cols, live, dims, D), scale, cols, live, dims, D, FEATURE, SCALED)
+            sums, _ = channel_decay(sums_ptr, cols, start, live, dims, D, EXCLUSIVE, CHUNK)
+            after = ((cols >= far) & (cols < live))[:, None]
+            left = tl.where(after, q.to(tl.float32) * tl.exp(tl.where(after, sums - last[None, :], 0.0)), 0.0)
+            later = tl.where((cols >= far)[None, :] & (cols[None, :] >= rows[:, None] + SHIFT), as_key, 0.0)
+            dk = tl.dot(later.to(dtype), left.to(dtype), input_precision=PRECISION)
+            dk *= tl.exp(tl.minimum(last[None, :] - sums_k, 0.0))
+        for step in range(tl.where(safe, 16, 0), 16):
+            other = own + step
+            row = other + one
+            k = mapped(load_rows(k_ptr, stride_kn, row, live, dims, D), 1.0, row, live, dims, D, FEATURE, False)
+            q = mapped(load_rows(q_ptr, stride_qn, row, live, dims, D), scale, row, live, dims, D, FEATURE, SCALED)
+            other_k = load_rows(sums_ptr, D, row, live, dims, D)
+            other_q, _ = channel_decay(sums_ptr, row, start, live, dims, D, EXCLUSIVE, CHUNK)
+            if EXCLUSIVE:
+                is_key, is_query = rows > other, rows < other
+            else:
+                is_key, is_query = rows >= other, rows <= other
+            weight = tl.sum(tl.where(cols[None, :] == other, as_query, 0.0), 1)
+            weight = tl.where(is_key, weight, 0.0)
+            dq += weight[:, None] * k.to(tl.float32) * tl.exp(tl.minimum(sums_q - other_k, 0.0))
+            weight = tl.sum(tl.where(cols[None, :] == other, as_key, 0.0), 1)
+            weight = tl.where(is_query & (other < live), weight, 0.0)
+            dk += weight[:, None] * q.to(tl.float32) * tl.exp(tl.minimum(other_q - sums_k, 0.0))
+        at = rows[:, None] * D + dims[None, :]
+        inside = (rows < live)[:, None] & (dims < D)[None, :]
+        tl.store(dq_ptr + at, dq, mask=inside)
+        tl.store(dk_ptr + at, dk, mask=inside)
+
+
+@triton.jit
+def _chunk_gradients(
+    q_ptr, k_ptr, v_ptr, dout_ptr, e_ptr, sums_ptr, dq_ptr, dk_ptr, stride_qn, stride_kn, stride_vn, stride_on,
+    live, own, scale, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, EXCLUSIVE: tl.constexpr, FEATURE: tl.constexpr, SCALED: tl.constexpr,
+    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and dk [CHUNK, D] of a chunk that decays little, which begins at row `own`."""
+    rows = own + tl.arange(0, CHUNK)
+    SHIFT = tl.constexpr(1 if EXCLUSIVE else 0)
+    dtype = dout_ptr.dtype.element_ty
+    dw = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for block in tl.static_range((DV + BLOCK_V - 1) // BLOCK_V):
+        dims = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        v = load_rows(v_ptr, stride_vn, rows, live, dims, DV)
+        dout = load_rows(dout_ptr, stride_on, rows, live, dims, DV)
+        dw = tl.dot(dout, tl.trans(v.to(dout.dtype)), dw, input_precision=PRECISION)
+    if NORMALIZE:
+        dw += tl.load(e_ptr + rows, mask=rows < live, other=0.0)[:, None]
+    dw = tl.where((rows[None, :] <= rows[:, None] - SHIFT) & (rows < live)[:, None], dw, 0.0).to(dtype)
+    for block in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        dims = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        sums_q, _ = channel_decay(sums_ptr, rows, own, live, dims, D, EXCLUSIVE, CHUNK)
+        sums_k = load_rows(sums_ptr, D, rows, live, dims, D)
+        k = mapped(load_rows(k_ptr, stride_kn, rows, live, dims, D), 1.0, rows, live, dims, D, FEATURE, False)
+        right = (k.to(tl.float32) * tl.exp(-sums_k)).to(dtype)
+        dq = tl.dot(dw, right, input_precision=PRECISION) * tl.exp(sums_q)
+        q = mapped(load_rows(q_ptr, stride_qn, rows, live, dims, D), scale, rows, live, dims, D, FEATURE, SCALED)
+        left = (q.to(tl.float32) * tl.exp(sums_q)).to(dtype)
+        dk = tl.dot(tl.trans(dw), left, input_precision=PRECISION) * tl.exp(-sums_k)
+        at = rows[:, None] * D + dims[None, :]
+        inside = (rows < live)[:, None] & (dims < D)[None, :]
+        tl.store(dq_ptr + at, dq, mask=inside)
+        tl.store(dk_ptr + at, dk, mask=inside)
 
 
 @triton.jit(do_not_specialize=["heads", "segments", "n", "length"])
@@ -213,10 +389,12 @@ def inner_gradients(
     NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """dq and dk [B, H, N, D] float32: gradients of the features (with their scale), from within the chunk alone."""
-    h, batch, first, live, start, own = _corner(
-        tl.program_id(0), heads, segments, n, length, cu_ptr, slot_sequence, first_slot, CHUNK, PACKED
+    ROWS: tl.constexpr = CHUNK if WHOLE else SUBCHUNK
+    h, batch, first, live, own = _corner(
+        tl.program_id(0), heads, segments, n, length, cu_ptr, slot_sequence, first_slot, ROWS, PACKED
     )
     if own >= live:
         return
@@ -226,70 +404,32 @@ def inner_gradients(
     v_ptr += batch * stride_vb + h * stride_vh + first * stride_vn
     dout_ptr += batch * stride_ob + h * stride_oh + first * stride_on
     sums_ptr += head * D
-    rows = own + tl.arange(0, SUBCHUNK)
-    cols = start + tl.arange(0, CHUNK)
-    one = tl.arange(0, 1)
-    SHIFT = tl.constexpr(1 if EXCLUSIVE else 0)
-    dtype = dout_ptr.dtype.element_ty
-    as_query = tl.zeros([SUBCHUNK, CHUNK], tl.float32)
-    as_key = tl.zeros([SUBCHUNK, CHUNK], tl.float32)
-    for block in tl.static_range((DV + BLOCK_V - 1) // BLOCK_V):
-        dims = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        v = load_rows(v_ptr, stride_vn, cols, live, dims, DV)
-        dout = load_rows(dout_ptr, stride_on, rows, live, dims, DV)
-        as_query = tl.dot(dout, tl.trans(v.to(dout.dtype)), as_query, input_precision=PRECISION)
-        v = load_rows(v_ptr, stride_vn, rows, live, dims, DV)
-        dout = load_rows(dout_ptr, stride_on, cols, live, dims, DV)
-        as_key = tl.dot(v.to(dout.dtype), tl.trans(dout), as_key, input_precision=PRECISION)
+    dq_ptr += head * D
+    dk_ptr += head * D
     if NORMALIZE:
-        as_query += tl.load(e_ptr + head + rows, mask=rows < live, other=0.0)[:, None]
-        as_key += tl.load(e_ptr + head + cols, mask=cols < live, other=0.0)[None, :]
-    end = tl.minimum(own + SUBCHUNK, live)
-    for block in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
-        dims = block * BLOCK_D + tl.arange(0, BLOCK_D)
-        sums_q, _ = channel_decay(sums_ptr, rows, start, live, dims, D, EXCLUSIVE, CHUNK)
-        sums_k = load_rows(sums_ptr, D, rows, live, dims, D)
-        dq = tl.zeros([SUBCHUNK, BLOCK_D], tl.float32)
-        dk = tl.zeros([SUBCHUNK, BLOCK_D], tl.float32)
-        before, last, safe = _edges(sums_ptr, start, own, end, dims, D, k_ptr.dtype.element_ty == tl.float16)
-        near = tl.where(safe, end, own)
-        if near > start:
-            k = mapped(load_rows(k_ptr, stride_kn, cols, near, dims, D), 1.0, cols, near, dims, D, FEATURE, False)
-            sums = load_rows(sums_ptr, D, cols, near, dims, D)
-            right = tl.where((cols < near)[:, None], k.to(tl.float32) * tl.exp(before[None, :] - sums), 0.0)
-            earlier = tl.where((cols < near)[None, :] & (cols[None, :] <= rows[:, None] - SHIFT), as_query, 0.0)
-            dq = tl.dot(earlier.to(dtype), right.to(dtype), input_precision=PRECISION)
-            dq *= tl.exp(sums_q - before[None, :])
-        far = tl.where(safe, own, end)
-        if far < tl.minimum(start + CHUNK, live):
-            q = mapped(load_rows(q_ptr, stride_qn, cols, live, dims, D), scale, cols, live, dims, D, FEATURE, SCALED)
-            sums, _ = channel_decay(sums_ptr, cols, start, live, dims, D, EXCLUSIVE, CHUNK)
-            after = ((cols >= far) & (cols < live))[:, None]
-            left = tl.where(after, q.to(tl.float32) * tl.exp(tl.where(after, sums - last[None, :], 0.0)), 0.0)
-            later = tl.where((cols >= far)[None, :] & (cols[None, :] >= rows[:, None] + SHIFT), as_key, 0.0)
-            dk = tl.dot(later.to(dtype), left.to(dtype), input_precision=PRECISION)
-            dk *= tl.exp(tl.minimum(last[None, :] - sums_k, 0.0))
-        for step in range(tl.where(safe, 16, 0), 16):
-            other = own + step
-            row = other + one
-            k = mapped(load_rows(k_ptr, stride_kn, row, live, dims, D), 1.0, row, live, dims, D, FEATURE, False)
-            q = mapped(load_rows(q_ptr, stride_qn, row, live, dims, D), scale, row, live, dims, D, FEATURE, SCALED)
-            other_k = load_rows(sums_ptr, D, row, live, dims, D)
-            other_q, _ = channel_decay(sums_ptr, row, start, live, dims, D, EXCLUSIVE, CHUNK)
-            if EXCLUSIVE:
-                is_key, is_query = rows > other, rows < other
-            else:
-                is_key, is_query = rows >= other, rows <= other
-            weight = tl.sum(tl.where(cols[None, :] == other, as_query, 0.0), 1)
-            weight = tl.where(is_key, weight, 0.0)
-            dq += weight[:, None] * k.to(tl.float32) * tl.exp(tl.minimum(sums_q - other_k, 0.0))
-            weight = tl.sum(tl.where(cols[None, :] == other, as_key, 0.0), 1)
-            weight = tl.where(is_query & (other < live), weight, 0.0)
-            dk += weight[:, None] * q.to(tl.float32) * tl.exp(tl.minimum(other_q - sums_k, 0.0))
-        at = (head + rows)[:, None] * D + dims[None, :]
-        inside = (rows < live)[:, None] & (dims < D)[None, :]
-        tl.store(dq_ptr + at, dq, mask=inside)
-        tl.store(dk_ptr + at, dk, mask=inside)
+        e_ptr += head
+    begin = own
+    if WHOLE:
+        end = tl.minimum(own + CHUNK, live)
+        if _whole_is_safe(sums_ptr, end, D, BLOCK_D, k_ptr.dtype.element_ty == tl.float16):
+            _chunk_gradients(
+                q_ptr, k_ptr, v_ptr, dout_ptr, e_ptr, sums_ptr, dq_ptr, dk_ptr, stride_qn, stride_kn, stride_vn,
+                stride_on, live, own, scale, D, DV, BLOCK_D, BLOCK_V, CHUNK, EXCLUSIVE, FEATURE, SCALED, NORMALIZE,
+                PRECISION,
+            )  # fmt: skip
+            begin = end
+        for piece in range(begin, end, SUBCHUNK):
+            _subchunk_gradients(
+                q_ptr, k_ptr, v_ptr, dout_ptr, e_ptr, sums_ptr, dq_ptr, dk_ptr, stride_qn, stride_kn, stride_vn,
+                stride_on, live, piece, scale, D, DV, BLOCK_D, BLOCK_V, CHUNK, EXCLUSIVE, FEATURE, SCALED, NORMALIZE,
+                PRECISION,
+            )  # fmt: skip
+    else:
+        _subchunk_gradients(
+            q_ptr, k_ptr, v_ptr, dout_ptr, e_ptr, sums_ptr, dq_ptr, dk_ptr, stride_qn, stride_kn, stride_vn,
+            stride_on, live, own, scale, D, DV, BLOCK_D, BLOCK_V, CHUNK, EXCLUSIVE, FEATURE, SCALED, NORMALIZE,
+            PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "segments", "n", "length", "parts_q", "parts_k"])
