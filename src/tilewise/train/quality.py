@@ -83,6 +83,12 @@ SMALL = Plan(
 )
 """For a CPU: recall over 1K."""
 
+LONG = Plan(
+    (*SMALL.stages, Stage(2048, 16, 4, 100), Stage(4096, 16, 4, 150), Stage(8192, 16, 4, 900)),
+    text_steps=250, tokens=8192, length=8192,
+)  # fmt: skip
+"""For a CPU with patience: the same models over 8K, by curriculum."""
+
 LARGE = Plan(
     (
         *(Stage(length, length // 8, 3, 400) for length in (32, 64, 128, 256)),
@@ -90,9 +96,9 @@ LARGE = Plan(
     ),
     text_steps=1000, dim=256, layers=4, heads=4, vocab=256, tokens=65536, length=8192, lr=1e-3,
 )  # fmt: skip
-"""For a GPU: recall and text over 8K."""
+"""For a GPU: larger models, recall and text over 8K."""
 
-PLANS = {"small": SMALL, "large": LARGE}
+PLANS = {"small": SMALL, "long": LONG, "large": LARGE}
 
 
 class Row(NamedTuple):
