@@ -120,3 +120,28 @@ def test_a_truncated_file_counts_as_none(calibration: Calibration, tmp_path: Pat
 
 def test_the_default_place_is_the_users_own() -> None:
     assert default_path().is_relative_to(Path.home())
+
+
+@pytest.mark.parametrize("window", [(None, None), (128, 0), (1000, None)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_launches_of_tiles_are_those_that_the_backend_makes(
+    window: tuple[int | None, int | None], causal: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+    from tilewise.backends import tiled
+    from tilewise.backends.base import Operands
+
+    spec = replace(self_attention(4096, 64, heads=4, dtype="float32", causal=causal), window=window)
+    q = torch.zeros(1, 4, 4096, 64)
+    tiles = list(tiled._tiles(Operands(q, q, q), spec, tiled.plain_config(spec)))
+    made = len(tiles) + sum(len(tile.chunks) for tile in tiles)
+    assert work(replace(spec, device="sm_90"), "tiled", "forward", HERE)[0] == made
+    assert work(spec, "tiled", "forward", HERE)[0] == 1
+
+
+def test_no_keys_and_no_rows_take_no_launches_and_no_division() -> None:
+    for lengths in ((5, 0), (0, 5), (0, 0)):
+        spec = replace(self_attention(1, 64), device="sm_90", q_len=lengths[0], k_len=lengths[1])
+        assert work(spec, "tiled", "forward", HERE)[1] == 0
+        assert peak_bytes(spec, "tiled") >= 0
+        assert peak_bytes(spec, "tiled", "backward") >= 0

@@ -18,7 +18,7 @@ import tilewise
 from tilewise.cost.hardware import Device
 from tilewise.cost.prediction import Fit, HeldOut
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of a saved number changes; older files then count as absent."""
 _WATCHED = ("torch", "triton")
 

@@ -128,7 +128,7 @@ def _plain_tiles(spec: AttentionSpec, sizes: _Sizes, direction: Pass) -> int:
         # The second key tile, the shorter one where there are two, has the first one's scores beside its own.
         second = min(block_n, spec.k_len - block_n) if several else 0
         at_first = score_tile + sizes.cast(k_rows * d)
-        at_second = score_tile + (score_tile + sizes.cast(k_rows * d)) * second // block_n
+        at_second = score_tile + (score_tile + sizes.cast(k_rows * d)) * second // max(1, block_n)
         each = sizes.cast(q_rows * d) + (1 + held) * q_rows * dv * sizes.wide
         return sizes.result + masks + each + max(at_first, at_second)
     tiles = 2 * score_tile + (held * q_rows * d + q_rows * dv + k_rows * dv + max(k_rows, q_rows) * d) * sizes.wide

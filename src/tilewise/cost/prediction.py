@@ -56,13 +56,22 @@ def work(spec: AttentionSpec, backend: str, direction: Pass, device: Device) -> 
 
 
 def _launches(spec: AttentionSpec) -> float:
-    """Query tiles, and tiles of scores, that `tiled` works on one after the other on a GPU."""
+    """Query tiles, and runs of scores, that `tiled` works on one after the other on a GPU.
+
+    Long runs of whole tiles stand alone, and what the band cuts beside them; else all is one run.
+    """
     batch, rows, keys = plain_tile(spec)
-    _, right = spec.reach
-    starts = range(0, spec.q_len, max(1, rows))
-    ends = (start + rows + spec.k_len - spec.q_len + (right or 0) for start in starts)
-    seen = (spec.k_len if right is None else min(spec.k_len, max(0, end)) for end in ends)
-    tiles = len(starts) + sum(math.ceil(count / max(1, keys)) for count in seen)
+    left, right = spec.reach
+    offset = spec.offset or 0
+    tiles = 0
+    for start in range(0, spec.q_len, max(1, rows)):
+        first = 0 if left is None else max(0, start + offset - left)
+        end = spec.k_len if right is None else min(spec.k_len, start + rows + offset + right)
+        sides = (left is not None and first > 0) + (right is not None and end < spec.k_len + rows)
+        seen = max(0, end - first)
+        whole = seen - rows * sides
+        alone = whole > keys // 2
+        tiles += 1 + (math.ceil(whole / keys) + sides if alone else math.ceil(seen / max(1, keys)))
     return float(math.ceil(spec.batch / batch) * tiles)
 
 

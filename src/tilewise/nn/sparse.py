@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewise.errors import UnsupportedError, bad_type, bad_value
-from tilewise.masks import BigBird, Dense, Longformer, Mask, Prefix, Window
+from tilewise.masks import BigBird, Dense, Global, Longformer, Mask, Prefix, Window
 from tilewise.nn.attention import GroupedQueryAttention, Settings
 from tilewise.ops import checks
 from tilewise.ops.dense import attention
@@ -138,7 +138,8 @@ class LongformerAttention(SparseAttention):
             if settings.get(name):
                 want = "none: rotary tells positions here, and every head has keys of its own"
                 raise bad_value(name, settings[name], want, "SparseAttention(mask=masks.Longformer(...))")
-        places = tuple(sorted(set(global_tokens)))
+        given = tuple(global_tokens)
+        places = Global(given).tokens if given else ()
         half = window // 2
         local: Mask = Window(half, half)
         # The first tokens are global in most uses: their rows are computed apart, so that the local pass can leave them

@@ -15,7 +15,7 @@ import linear_oracle
 from linear_oracle import KINDS, Judged, case, leaves_of
 from tilewise.backends.linear import TILED_LINEAR, LinearOperands
 from tilewise.backends.triton import linear_configs
-from tilewise.backends.triton.linear import TRITON_LINEAR
+from tilewise.backends.triton.linear import TRITON_LINEAR, LinearPlan
 from tilewise.ops.dispatch import choose
 from tilewise.ops.linear import explain_linear, linear_attention
 from tilewise.ops.linear_library import linear_route
@@ -200,6 +200,20 @@ def test_whole_chunks(variant: dict[str, Any], strong: float) -> None:
     check_on_device(variant, 24, torch.float16, 1, 130, heads=1, whole=True, strong=strong)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("q_size", "k_size", "gate"), [(1.0, 100.0, -0.12), (1e-3, 1.0, -0.12), (1.0, 100.0, -0.49)])
+def test_float16_of_any_size(whole: bool, q_size: float, k_size: float, gate: float) -> None:
+    """Exponents split half way: neither factor leaves float16's range, nor loses its digits below it."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 1, 64, 16, generator=g) for _ in range(4))
+    tensors = [x.to(DEVICE, torch.float16) for x in (q * q_size, k.sign() * k_size, v, dout)]
+    decay = torch.full((1, 1, 64, 16), gate, device=DEVICE)
+    spec = LinearSpec(1, 1, 64, 64, 16, 16, "float16", "sm_90", decay="channel")
+    plan = TRITON_LINEAR.configure(spec)
+    plan = plan._replace(shape=plan.shape._replace(whole=whole))
+    compare(LinearOperands(*tensors[:3], decay), tensors[3], spec, plan, BOUNDS[torch.float16])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [40, 64, 128, 256])
@@ -238,21 +252,28 @@ def check_on_device(
     )  # fmt: skip
     shape = TRITON_LINEAR.configure(spec).shape._replace(whole=whole, inner_warps=warps)
     plan = TRITON_LINEAR.configure(spec)._replace(shape=shape, length=4 * shape.chunk)
-    operands = LinearOperands(q, k, v, decay, cu_seqlens=cu_seqlens)
+    compare(LinearOperands(q, k, v, decay, cu_seqlens=cu_seqlens), dout, spec, plan, BOUNDS[dtype])
+
+
+def compare(operands: LinearOperands, dout: Tensor, spec: LinearSpec, plan: LinearPlan, bound: float) -> None:
+    """Forward and backward against `tiled` in float64: norms of errors over norms of what is exact."""
+    gated = operands.decay is not None
     result = TRITON_LINEAR.forward(operands, spec, plan, state=True)
-    grads = TRITON_LINEAR.backward(dout, None, None, operands, result.out, result.den, spec, plan, decay is not None)
+    grads = TRITON_LINEAR.backward(dout, None, None, operands, result.out, result.den, spec, plan, gated)
     exact_operands = operands._replace(
-        q=q.double(), k=k.double(), v=v.double(), decay=None if decay is None else decay.double()
+        q=operands.q.double(),
+        k=operands.k.double(),
+        v=operands.v.double(),
+        decay=None if operands.decay is None else operands.decay.double(),
     )
     tiled = TILED_LINEAR.configure(spec)
     exact = TILED_LINEAR.forward(exact_operands, spec, tiled, state=True)
     exact_grads = TILED_LINEAR.backward(
-        dout.double(), None, None, exact_operands, exact.out, exact.den, spec, tiled, decay is not None
+        dout.double(), None, None, exact_operands, exact.out, exact.den, spec, tiled, gated
     )
     for ours, reference in zip((result.out, result.s, *grads[:4]), (exact.out, exact.s, *exact_grads[:4]), strict=True):
         if ours is not None and reference is not None:
-            error = (ours.double() - reference).norm() / reference.norm()
-            assert error < BOUNDS[dtype]
+            assert (ours.double() - reference).norm() / reference.norm() < bound
 
 
 @pytest.mark.gpu

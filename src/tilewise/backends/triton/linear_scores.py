@@ -3,9 +3,10 @@
 `w_ij = Σ_d q_id k_jd e^{G_id − G_jd}` with G the running sums of the log decays. A product of `q e^{G}` and `k e^{−G}`
 would overflow. So a chunk is cut into subchunks of 16 rows: between subchunks the exponent splits at the sum A before
 the row's own subchunk, `q e^{G_i − A} · k e^{A − G_j}`, both at most 0, and goes through the tensor cores. Within a
-subchunk `A − G_j` is positive. Where the whole subchunk decays by less than e^{−40} (e^{−8} in float16), as with gates
-that let anything through, that is far inside the range and one product serves it too; otherwise every exponent is
-formed for itself, key by key. Where that holds of the whole chunk (WHOLE), it is one product with A = 0.
+subchunk one of the two is positive. Where the whole subchunk decays by less than e^{−40} (e^{−8} in float16), as with
+gates that let anything through, A moves half way into it, so that both stay within ±20 (±4), and one product serves it
+too; otherwise every exponent is formed for itself, key by key. Where that holds of the whole chunk (WHOLE), all of it
+is one product, split half way.
 
 `running_sums`: G from the decays, float32, counted from each chunk's start. `inner_scores`: one program owns the rows
 of one subchunk and writes their w [16, chunk]. `inner_gradients`: one program owns the rows of one subchunk and writes
@@ -39,11 +40,22 @@ SUBCHUNK = tl.constexpr(16)
 
 @triton.jit
 def _edges(sums_ptr, start, own, end, dims, D: tl.constexpr, HALF: tl.constexpr):
-    """The running sums before and at the end of a subchunk, and whether what lies between is safe to split."""
+    """Where the exponents of a subchunk's queries and of its keys split, and whether the subchunk itself may be split.
+
+    The running sums before it and at its end; half way between these if it may.
+    """
     before = tl.load(sums_ptr + tl.maximum(own - 1, 0) * D + dims, mask=dims < D, other=0.0)
     before = tl.where(own > start, before, 0.0)
     last = tl.load(sums_ptr + (end - 1) * D + dims, mask=dims < D, other=0.0)
-    return before, last, tl.max(before - last, 0) < (8.0 if HALF else 40.0)
+    safe = tl.max(before - last, 0) < (8.0 if HALF else 40.0)
+    middle = 0.5 * (before + last)
+    return tl.where(safe, middle, before), tl.where(safe, middle, last), safe
+
+
+@triton.jit
+def _middle(sums_ptr, end, dims, D: tl.constexpr):
+    """Half of what a chunk that ends before row `end` decays by."""
+    return 0.5 * tl.load(sums_ptr + (end - 1) * D + dims, mask=dims < D, other=0.0)
 
 
 @triton.jit
@@ -166,8 +178,9 @@ def _chunk_scores(
         k = mapped(load_rows(k_ptr, stride_kn, rows, live, dims, D), 1.0, rows, live, dims, D, FEATURE, False)
         sums_q, _ = channel_decay(sums_ptr, rows, start, live, dims, D, EXCLUSIVE, CHUNK)
         sums_k = load_rows(sums_ptr, D, rows, live, dims, D)
-        left = (q.to(tl.float32) * tl.exp(sums_q)).to(q.dtype)
-        right = (k.to(tl.float32) * tl.exp(-sums_k)).to(q.dtype)
+        middle = _middle(sums_ptr, tl.minimum(start + CHUNK, live), dims, D)[None, :]
+        left = (q.to(tl.float32) * tl.exp(sums_q - middle)).to(q.dtype)
+        right = (k.to(tl.float32) * tl.exp(middle - sums_k)).to(q.dtype)
         scores = tl.dot(left, tl.trans(right), scores, input_precision=PRECISION)
     scores = tl.where(rows[None, :] <= rows[:, None] - SHIFT, scores, 0.0)
     out = scores_ptr + rows[:, None] * CHUNK + (rows - start)[None, :]
@@ -271,24 +284,24 @@ def _subchunk_gradients(
         sums_k = load_rows(sums_ptr, D, rows, live, dims, D)
         dq = tl.zeros([SUBCHUNK, BLOCK_D], tl.float32)
         dk = tl.zeros([SUBCHUNK, BLOCK_D], tl.float32)
-        before, last, safe = _edges(sums_ptr, start, own, end, dims, D, k_ptr.dtype.element_ty == tl.float16)
+        split_q, split_k, safe = _edges(sums_ptr, start, own, end, dims, D, k_ptr.dtype.element_ty == tl.float16)
         near = tl.where(safe, end, own)
         if near > start:
             k = mapped(load_rows(k_ptr, stride_kn, cols, near, dims, D), 1.0, cols, near, dims, D, FEATURE, False)
             sums = load_rows(sums_ptr, D, cols, near, dims, D)
-            right = tl.where((cols < near)[:, None], k.to(tl.float32) * tl.exp(before[None, :] - sums), 0.0)
+            right = tl.where((cols < near)[:, None], k.to(tl.float32) * tl.exp(split_q[None, :] - sums), 0.0)
             earlier = tl.where((cols < near)[None, :] & (cols[None, :] <= rows[:, None] - SHIFT), as_query, 0.0)
             dq = tl.dot(earlier.to(dtype), right.to(dtype), input_precision=PRECISION)
-            dq *= tl.exp(sums_q - before[None, :])
+            dq *= tl.exp(sums_q - split_q[None, :])
         far = tl.where(safe, own, end)
         if far < tl.minimum(start + CHUNK, live):
             q = mapped(load_rows(q_ptr, stride_qn, cols, live, dims, D), scale, cols, live, dims, D, FEATURE, SCALED)
             sums, _ = channel_decay(sums_ptr, cols, start, live, dims, D, EXCLUSIVE, CHUNK)
             after = ((cols >= far) & (cols < live))[:, None]
-            left = tl.where(after, q.to(tl.float32) * tl.exp(tl.where(after, sums - last[None, :], 0.0)), 0.0)
+            left = tl.where(after, q.to(tl.float32) * tl.exp(tl.where(after, sums - split_k[None, :], 0.0)), 0.0)
             later = tl.where((cols >= far)[None, :] & (cols[None, :] >= rows[:, None] + SHIFT), as_key, 0.0)
             dk = tl.dot(later.to(dtype), left.to(dtype), input_precision=PRECISION)
-            dk *= tl.exp(tl.minimum(last[None, :] - sums_k, 0.0))
+            dk *= tl.exp(split_k[None, :] - sums_k)
         for step in range(tl.where(safe, 16, 0), 16):
             other = own + step
             row = other + one
@@ -337,11 +350,12 @@ def _chunk_gradients(
         sums_q, _ = channel_decay(sums_ptr, rows, own, live, dims, D, EXCLUSIVE, CHUNK)
         sums_k = load_rows(sums_ptr, D, rows, live, dims, D)
         k = mapped(load_rows(k_ptr, stride_kn, rows, live, dims, D), 1.0, rows, live, dims, D, FEATURE, False)
-        right = (k.to(tl.float32) * tl.exp(-sums_k)).to(dtype)
-        dq = tl.dot(dw, right, input_precision=PRECISION) * tl.exp(sums_q)
+        middle = _middle(sums_ptr, tl.minimum(own + CHUNK, live), dims, D)[None, :]
+        right = (k.to(tl.float32) * tl.exp(middle - sums_k)).to(dtype)
+        dq = tl.dot(dw, right, input_precision=PRECISION) * tl.exp(sums_q - middle)
         q = mapped(load_rows(q_ptr, stride_qn, rows, live, dims, D), scale, rows, live, dims, D, FEATURE, SCALED)
-        left = (q.to(tl.float32) * tl.exp(sums_q)).to(dtype)
-        dk = tl.dot(tl.trans(dw), left, input_precision=PRECISION) * tl.exp(-sums_k)
+        left = (q.to(tl.float32) * tl.exp(sums_q - middle)).to(dtype)
+        dk = tl.dot(tl.trans(dw), left, input_precision=PRECISION) * tl.exp(middle - sums_k)
         at = rows[:, None] * D + dims[None, :]
         inside = (rows < live)[:, None] & (dims < D)[None, :]
         tl.store(dq_ptr + at, dq, mask=inside)
