@@ -408,13 +408,12 @@ class _Call:
         where = (spec.heads, cut.segments, cut.tokens, cut.length)
         strides = (*self.q.stride()[:3], *self.k.stride()[:3])
         if cut.slots:
-            constants = {"D": size, "BLOCK_D": block, "CHUNK": shape.chunk, **self.flags}
+            constants = {"D": size, "BLOCK_D": block, "CHUNK": shape.chunk, "WHOLE": shape.whole, **self.flags}
             pieces = cut.slots * spec.heads * (cut.length // shape.chunk) * -(-size // block)
             arguments = (decay, sums, *cut.tables, *decay.stride()[:3], *where)
             _launch(self.config, running_sums, pieces, arguments, constants, 4)
             arguments = (self.q, self.k, sums, scores, *cut.tables, *strides, *where, spec.scale)
             pieces = cut.slots * spec.heads * (cut.length // shape.inner_rows)
-            constants["WHOLE"] = shape.whole
             _launch(self.config, inner_scores, pieces, arguments, constants, shape.inner_warps)
         return scores
 

@@ -52,7 +52,8 @@ def proven(spec: LinearSpec) -> bool:
 
     Every row and dtype has, forward and backward; of packed tokens and of the recurrent kernel only float32 and small
     sizes. Compilers have built wrong code for kernels like these, so what no device test has passed is not selectable
-    on a GPU.
+    on a GPU. One thing is newer than those tests: where the exponents of a decay a channel split (`linear_scores.py`),
+    which the interpreter has seen and no device yet.
     """
     long = not spec.packed and (spec.q_len > RECURRENT_TOKENS or not spec.causal)
     return long or (spec.dtype == "float32" and max(spec.head_dim, spec.v_head_dim) <= 64)
