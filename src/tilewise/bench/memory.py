@@ -5,6 +5,7 @@ process imports everything once and then forks a child for each measurement. The
 small problem so that libraries have mapped their code and started their threads, makes the call and exits; `wait4`
 tells the largest resident set it ever had. The same child without the call is subtracted. What remains is what
 the call needs beyond its inputs: its result, its intermediates and the workspaces of the libraries under it.
+Freed tensors go back to the system at once there (`MALLOC_MMAP_THRESHOLD_`), instead of staying resident for reuse.
 
 The helper itself never computes, as a process whose OpenMP threads are running cannot be forked safely.
 """
@@ -83,6 +84,7 @@ def cpu_peaks() -> Iterator[Callable[[MemoryCase], int]]:
     environment = os.environ | {
         "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS would start threads at import, before the fork
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),  # the C library would else raise it to what was freed, up to 32 MiB
     }
     command = [sys.executable, "-m", "tilewise.bench.memory"]
     helper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
