@@ -104,6 +104,34 @@ def test_longformer_is_transformers(places: tuple[int, ...], padded: bool) -> No
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("places", [(0, 1), (5, 30)], ids=str)
+def test_global_queries_need_no_projected_keys(places: tuple[int, ...], bias: bool) -> None:
+    """Each path gives the same outputs and gradients, for a sequence of padding alone too; a replaced layer is used."""
+    module = tnn.LongformerAttention(32, 4, window=8, global_tokens=places, bias=bias, v_head_dim=6, scale=0.3)
+    x = tokens(50, 32).requires_grad_()
+    mask = torch.ones(2, 1, 1, 50, dtype=torch.bool)
+    mask[1] = False
+    names = [name for name, _ in module.named_parameters()]
+
+    def results() -> list[Tensor]:
+        out = module(x, mask=mask)
+        return [out, *gradients(module, x, out, names)]
+
+    assert module._few_queries(x, 0.0)
+    found = results()
+    calls = []
+    handle = module.global_k_proj.register_forward_hook(lambda *_: calls.append(1))
+    assert not module._few_queries(x, 0.0)
+    for a, b in zip(found, results(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert calls
+    handle.remove()
+    for setting in ({"softcap": 3.0}, {"sinks": True}, {"qk_norm": 1e-6}, {"backend": "standard"}):
+        assert not tnn.LongformerAttention(32, 4, window=8, global_tokens=places, **setting)._few_queries(x, 0.0)
+    assert not module._few_queries(x, 0.1)
+
+
 def test_bigbird_is_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its random blocks are caught as it draws them; in evaluation it would leave them all at block 0."""
     pytest.importorskip("transformers", reason="compares with Transformers")

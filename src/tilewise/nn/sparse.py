@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Unpack
 
@@ -199,13 +200,52 @@ class LongformerAttention(SparseAttention):
             "dropout": dropout,
             "backend": self.backend,
         }
-        local, chosen = (
-            attention(*self._projected(q, kind, rows, positions), mask=seen, sink=self.sinks, **given)
-            for kind, rows, seen in (("", None, _both(self.mask, mask)), ("global_", places, mask))
+        local = attention(
+            *self._projected(q, "", None, positions), mask=_both(self.mask, mask), sink=self.sinks, **given
         )
+        if self._few_queries(q, dropout):
+            chosen = self._attend_unprojected(q, places, mask)
+        else:
+            heads = self._projected(q, "global_", places, positions)
+            chosen = attention(*heads, mask=mask, sink=self.sinks, **given)
         if isinstance(places, slice):
             return self._output(torch.cat((chosen, local[:, :, count:]), 2))
         return self._output(local.index_copy(2, places, chosen))
+
+    def _few_queries(self, x: Tensor, dropout: float) -> bool:
+        """Whether fewer products are needed without projecting all tokens to the global queries' keys and values.
+
+        Only where nothing stands between the projections and the scores, and nobody has put a layer of another kind in
+        their place.
+        """
+        layers = self.global_k_proj, self.global_v_proj
+        return (
+            self.heads * len(self.global_tokens) < self.dim
+            and self.backend == "auto"
+            and dropout == 0.0
+            and x.dtype == layers[0].weight.dtype
+            and all(part is None for part in (self.rotary, self.k_norm, self.softcap, self.sinks))
+            and all(type(layer) is nn.Linear and not layer._forward_hooks for layer in layers)
+        )
+
+    def _attend_unprojected(self, x: Tensor, rows: Tensor | slice, mask: Tensor | None) -> Tensor:
+        """The global tokens' outputs [B, H, G, Dv] from x [B, N, dim], where W x + b would be projected:
+
+        q·(W_k x + b_k) = (W_kᵀ q)·x + q·b_k and Σ p (W_v x + b_v) = W_v Σ p x + b_v, if the row sees any key.
+        """
+        q = self._heads(self.global_q_proj(x[:, rows]), self.heads, self.head_dim, self.q_norm)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        k_bias, v_bias = self.global_k_proj.bias, self.global_v_proj.bias
+        queries = q @ self.global_k_proj.weight.view(self.heads, self.head_dim, self.dim)
+        bias = None if k_bias is None else scale * (q @ k_bias.view(self.heads, self.head_dim, 1))
+        tokens = x[:, None]
+        out, lse = attention(
+            queries, tokens, tokens, mask=mask, bias=bias, scale=scale, backend="standard", return_lse=True
+        )
+        out = out @ self.global_v_proj.weight.view(self.heads, self.v_head_dim, self.dim).mT
+        if v_bias is not None:
+            out = out + v_bias.view(self.heads, 1, self.v_head_dim) * (lse > -math.inf)[..., None]
+        return out
 
     def _projected(
         self, x: Tensor, kind: str, rows: Tensor | slice | None, positions: Tensor | None
