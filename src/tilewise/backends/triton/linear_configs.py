@@ -50,11 +50,13 @@ class Shape(NamedTuple):
 def proven(spec: LinearSpec) -> bool:
     """Whether the kernels that `spec` selects have passed their test on a GPU (H200, Triton 3.6.0).
 
-    Every row and dtype has, forward and backward; of packed tokens and of the recurrent kernel only float32 and small
-    sizes. Compilers have built wrong code for kernels like these, so what no device test has passed is not selectable
-    on a GPU. One thing is newer than those tests: where the exponents of a decay a channel split (`linear_scores.py`),
-    which the interpreter has seen and no device yet.
+    Every row and dtype without a decay a channel has, forward and backward; of packed tokens and of the recurrent
+    kernel only float32 and small sizes. A decay a channel had, before where its exponents split changed
+    (`linear_scores.py`); the other kernels' PTX is since then the same. Compilers have built wrong code for kernels like
+    these, so what no device test has passed is not selectable on a GPU.
     """
+    if spec.decay == "channel":
+        return False
     long = not spec.packed and (spec.q_len > RECURRENT_TOKENS or not spec.causal)
     return long or (spec.dtype == "float32" and max(spec.head_dim, spec.v_head_dim) <= 64)
 
