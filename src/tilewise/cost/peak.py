@@ -65,10 +65,11 @@ def peak_bytes(spec: AttentionSpec, backend: str, direction: Pass = "forward") -
         return _fused_on_cpu(spec, sizes, direction)
     if direction == "forward":
         return sizes.result
-    if backend == "hopper" and spec.dtype in ("float16", "bfloat16"):
+    widest = max(spec.head_dim, spec.v_head_dim)
+    if backend == "hopper" and spec.dtype in ("float16", "bfloat16") and widest <= 128:
         # dQ is summed in float32 by many programs, in rows that are filled up to whole pairs of tiles.
         padded = spec.batch * spec.heads * -(-spec.q_len // HOPPER_ROWS) * HOPPER_ROWS
-        width = 64 if max(spec.head_dim, spec.v_head_dim) <= 64 else 128
+        width = 64 if widest <= 64 else 128
         return sizes.result + sizes.gradients + padded * (width + 2) * sizes.wide
     return sizes.result + sizes.gradients + 2 * sizes.rows * sizes.wide
 
