@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tilewise.backends.base import Needs, Operands
 from tilewise.backends.hopper import HOPPER
+from tilewise.backends.hopper.decoding import HOPPER_DECODE
 from tilewise.backends.linear import STANDARD_LINEAR, TILED_LINEAR
 from tilewise.backends.sdpa import SDPA
 from tilewise.backends.standard import STANDARD
@@ -56,7 +57,7 @@ REGISTRY: dict[tuple[str, str], Any] = {
     ("attention", "tiled"): TILED,
     ("attention", "sdpa"): SDPA,
     ("attention", "standard"): STANDARD,
-    ("decode", "hopper"): Absent("hopper", "its kernels for sm_90 are not part of this version"),
+    ("decode", "hopper"): HOPPER_DECODE,
     ("decode", "triton"): TRITON_DECODE,
     ("decode", "tiled"): TILED_DECODE,
     ("decode", "sdpa"): Absent("sdpa", "PyTorch's fused attention knows neither lengths nor pages"),

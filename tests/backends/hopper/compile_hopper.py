@@ -19,7 +19,7 @@ from hopper_targets import compile_target, demanding_targets, faults
 RESULTS = Path(__file__).parent / "compiled"
 SOURCES = Path(__file__).parents[3] / "src/tilewise/backends/hopper"
 KERNELS = ("forward", "walk", "sequences", "primitives", "configs", "launch", "backward", "backward_kernel",
-           "preprocess", "conversion")  # fmt: skip
+           "backward_parts", "wide_dkdv", "wide_dq", "preprocess", "conversion")  # fmt: skip
 
 
 def hopper_hash() -> str:

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ from machine import (
 )
 from torch import Tensor
 from triton.language import constexpr
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import ConstexprFunction, JITFunction
 
 from tilewise.backends.hopper import forward, launch, primitives
 
@@ -54,6 +54,9 @@ class Pointer:
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.at + np.asarray(offset).astype(np.int64))
+
+    def __sub__(self, offset: Any) -> Pointer:
+        return self + -np.asarray(offset)
 
     def places(self, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         at, live = np.broadcast_arrays(self.at, True if mask is None else np.asarray(mask))
@@ -132,6 +135,7 @@ REPLACED = {
     "gl": LANGUAGE, "tl": LANGUAGE, "reinterpret": reinterpret, "tma_load": tma_load, "store_wait": store_wait,
     "tma_store": tma_store, "tma_reduce_add": partial(tma_store, add=True),
     "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": fence,
+    "pinned": lambda x: x,
     "barrier_arrive": barrier_arrive, "barrier_sync": barrier_sync,
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: "mbarrier", init=lambda barrier, count: barrier.init(count),
@@ -167,8 +171,10 @@ def functions(module: str) -> dict[str, Any]:
             found[name] = REPLACED[name]
         elif isinstance(item, constexpr):
             found[name] = item.value
-        elif isinstance(item, JITFunction) and item.fn.__module__ != module:
+        elif isinstance(item, JITFunction | ConstexprFunction) and item.fn.__module__ != module:
             found[name] = functions(item.fn.__module__)[item.fn.__name__]
+        elif isinstance(item, ConstexprFunction):
+            found[name] = FunctionType(item.fn.__code__, found)
         elif isinstance(item, JITFunction):
             tree = ast.parse(textwrap.dedent(inspect.getsource(item.fn)))
             tree.body[0].decorator_list = []  # type: ignore[attr-defined]

@@ -182,7 +182,7 @@ class Shared:
         self.type = SimpleNamespace(shape=list(data.shape), layout=None)
 
     def index(self, i: Any) -> Shared:
-        return Shared(self.data[int(i)])
+        return Shared(self.data[int(i)], self.order)
 
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.data.reshape(shape))
@@ -194,7 +194,11 @@ class Shared:
         return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)])
 
     def load(self, _layout: Any) -> Any:
-        return value(self.data.copy())
+        if self.order is None:
+            return value(self.data.copy())
+        found = np.empty(self.data.size, self.dtype)
+        found[self.order] = self.data.reshape(-1)
+        return value(found.reshape(self.data.shape))
 
     def store(self, x: Any) -> None:
         assert x.dtype == self.dtype
@@ -344,7 +348,7 @@ class Barriers(list[Barrier]):
 
 
 def allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
-    if layout == "mbarrier":
+    if isinstance(layout, str):  # mbarriers
         return Barriers(Barrier() for _ in range(shape[0])) if len(shape) > 1 else Barrier()
     fill = np.nan if np.dtype(dtype).kind == "f" else np.iinfo(dtype).max
-    return Shared(np.full(shape, fill, dtype))
+    return Shared(np.full(shape, fill, dtype), layout if isinstance(layout, np.ndarray) else None)

@@ -18,7 +18,7 @@ from backward_problems import ROUNDING, exact, make, ours, worst_error
 
 def draw(r: random.Random) -> dict[str, object]:
     """One problem's options: odd sizes, few features each, so that few kernels are compiled."""
-    options: dict[str, object] = {"dim": r.choice([64, 128]), "batch": r.choice([1, 2, 3])}
+    options: dict[str, object] = {"dim": r.choice([64, 128, 256]), "batch": r.choice([1, 2, 3])}
     kv_heads = r.choice([1, 2, 4])
     options |= {"kv_heads": kv_heads, "heads": kv_heads * r.choice([1, 2, 3]), "seed": r.randrange(1 << 30)}
     sizes = (1, 2, 63, 64, 65, 113, 127, 128, 129, 500, 1000, 2100)

@@ -38,4 +38,5 @@ def test_it_spills_no_more_than_is_known(target: Target, compiler: None) -> None
         assert reports[-1].kernel == "attention_forward"
         assert reports[-1].shared >= chosen(target).shared_bytes
     else:
-        assert {r.kernel for r in reports} == {"row_statistics", "attention_backward", "convert_dq"}
+        main = {"attention_dkdv", "attention_dq"} if target.dims[0] > 128 else {"attention_backward", "convert_dq"}
+        assert {r.kernel for r in reports} == {"row_statistics"} | main

@@ -56,10 +56,12 @@ def test_it_says_what_it_cannot_do(change: dict[str, Any], words: str) -> None:
 
 def test_the_backward_says_what_it_cannot_do() -> None:
     assert backward_obstacle(SPEC) is None
-    assert "128" in str(backward_obstacle(replace(SPEC, head_dim=256)))
+    assert "device" in str(backward_obstacle(replace(SPEC, head_dim=256)))
+    assert "tile maps" in str(backward_obstacle(replace(SPEC, head_dim=256, mask="causal()")))
     assert "order" in str(backward_obstacle(replace(SPEC, deterministic=True)))
     assert "65535" in str(backward_obstacle(replace(SPEC, batch=40000)))
     assert backward_plan(replace(SPEC, head_dim=40, v_head_dim=72)).block_d == 128
+    assert backward_plan(replace(SPEC, v_head_dim=136)).block_d == 256
 
 
 def test_the_plan_names_tiles_and_who_computes_gradients() -> None:

@@ -1,4 +1,5 @@
-"""The launcher of the Hopper backward: row statistics, the main kernel, and dQ's conversion.
+"""The launcher of the Hopper backward: row statistics, then the main kernel and dQ's conversion, or, at head dims above
+128, one kernel for dK and dV and one for dQ.
 
 Nothing here reads the device, so a call can be captured in a CUDA graph.
 """
@@ -29,8 +30,10 @@ GRID_ROWS = 65535
 def backward_obstacle(spec: AttentionSpec) -> str | None:
     """One true sentence on why this backward cannot serve `spec`, or None if it can."""
     dims = spec.head_dim, spec.v_head_dim
+    if max(dims) > 128 and spec.mask is not None:
+        return "its kernels for head dims above 128 do not walk tile maps"
     if max(dims) > 128:
-        return "dK and dV of 128 keys fit in the registers up to a head dim of 128"
+        return "head dims above 128 have kernels here that were compiled and emulated, but not yet run on a device"
     if any(dim % 8 for dim in dims):
         return "the copy engine writes gradients in rows of multiples of 16 bytes, so head dims must be multiples of 8"
     if spec.deterministic:
@@ -44,14 +47,14 @@ class BackwardPlan(NamedTuple):
     """What a spec decides before any tensor is seen."""
 
     block_d: int
-    """Columns of every tile: 64 or 128, whichever holds D and Dv."""
+    """Columns of every tile: 64, 128 or 256, whichever holds D and Dv."""
     left: int
     right: int
     """Row i sees keys i − left … i + right, beyond an offset that only the device knows."""
     numbers: tuple[float, float, float, float]
     """scale; then scale·log2 e; with a soft cap c, scale/c and c·log2 e."""
     constants: tuple[int, ...]
-    """The main kernel's compile-time arguments, in its order."""
+    """The main kernels' compile-time arguments, in their order."""
     compiled: dict[Any, Any]
     """Compiled kernels by what Triton would look them up by."""
 
@@ -63,17 +66,18 @@ def plan(spec: AttentionSpec) -> BackwardPlan:
     soft = (spec.scale / spec.softcap, spec.softcap * LOG2E) if spec.softcap is not None else (0.0, 0.0)
     offset = spec.offset or 0
     offset_kind = 1 if spec.q_offset == "tensor" else 2 if spec.packed and spec.q_offset is None else 0
+    widest = max(spec.head_dim, spec.v_head_dim)
+    block_d = 64 if widest <= 64 else 128 if widest <= 128 else 256
+    keys = KEYS if block_d <= 128 else 64
     return BackwardPlan(
-        block_d=64 if max(spec.head_dim, spec.v_head_dim) <= 64 else 128,
+        block_d=block_d,
         left=0 if left is None else clamp(left - offset),
         right=0 if right is None else clamp(right + offset),
         numbers=(spec.scale, spec.scale * LOG2E, *soft),
         constants=(
-            spec.packed,
-            offset_kind,
-            left is not None,
-            right is not None,
-            spec.mask is not None,
+            *(spec.packed, offset_kind, left is not None, right is not None),
+            *((spec.mask is not None,) if block_d <= 128 else ()),
+            spec.packed or spec.k_len % keys != 0,
             spec.softcap is not None,
         ),
         compiled={},
@@ -128,9 +132,6 @@ def run(
     needs: Needs,
 ) -> Gradients:
     """Launch the three kernels."""
-    from tilewise.backends.hopper.backward_kernel import attention_backward
-    from tilewise.backends.hopper.conversion import convert_dq
-    from tilewise.backends.hopper.preprocess import row_statistics
     from tilewise.backends.hopper.primitives import FLAT, box_descriptor, tile_descriptor
 
     q, k, v = operands.q, operands.k, operands.v
@@ -138,108 +139,101 @@ def run(
     # Kept until the kernels are launched: descriptors know addresses only.
     inputs = [for_copy_engine(x) for x in (q, k, v, dout)]
     q, k, v, dout = (x for x, _ in inputs)
-    out = out if out.stride(3) == 1 else out.contiguous()
+    dq = torch.empty_like(q) if needs.q else None
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     pairs = -(-spec.q_len // PAIR)
     head_rows = -(-(q.shape[2] + PAIR * spec.batch) // PAIR) * PAIR if packed else pairs * PAIR
-    leading = 1 if packed else spec.batch
-    total = leading * spec.heads * head_rows
+    total = (1 if packed else spec.batch) * spec.heads * head_rows
     statistics = torch.empty(total * 2, dtype=torch.float32, device=q.device)
-    accumulator = torch.empty(total * block_d, dtype=torch.float32, device=q.device)
-    rows = 64 if block_d == 128 else 128
-    statistics_grid = (pairs * (PAIR // rows), spec.batch * spec.heads)
-    dsink = None
-    if needs.sink and operands.sink is not None:
-        dsink = torch.empty((spec.batch, spec.heads, statistics_grid[0]), dtype=torch.float32, device=q.device)
-    dlse = None if dlse is None else dlse.contiguous()
-    sink = None if dsink is None else operands.sink
-    cu_q, cu_k = operands.cu_seqlens_q, operands.cu_seqlens_k
+    accumulator = None
+    if block_d <= 128:
+        accumulator = torch.empty(total * block_d, dtype=torch.float32, device=q.device)
 
     def tiles_of(x: Tensor, strides: list[int]) -> Any:
         return tile_descriptor(x, strides, 64, block_d, packed)
 
     # Before the first launch: the device would wait for the descriptors between the kernels.
-    main_arguments = (
-        *(tiles_of(*x) for x in inputs),
-        box_descriptor(statistics, [total // 32, 64], [64, 1], [2, 64], FLAT),
-        box_descriptor(accumulator, [total * block_d // 256, 256], [256, 1], [16, 256], FLAT),
-        tiles_of(*for_copy_engine(dk)),
-        tiles_of(*for_copy_engine(dv)),
-        operands.q_offset,
-        cu_q,
-        cu_k,
-        *_map_arguments(tile_tensors(operands, spec, transposed=True)),
-        spec.heads,
-        spec.kv_heads,
-        spec.q_len,
-        spec.k_len,
-        head_rows,
-        prepared.left,
-        prepared.right,
-        *prepared.numbers,
-        *prepared.constants,
-    )
-    _launch(
-        row_statistics,
-        statistics_grid,
-        prepared,
-        (out, dout, *(x for x in (lse, dlse, sink, cu_q) if x is not None)),
-        (
-            out,
-            dout,
-            lse,
-            dlse,
-            sink,
-            cu_q,
-            statistics,
-            accumulator,
-            dsink,
-            *out.stride()[:3],
-            *dout.stride()[:3],
-            spec.heads,
-            spec.q_len,
-            q.shape[2],
-            head_rows,
-            v.shape[3],
-            block_d,
-            rows,
-            packed,
-            dlse is not None,
-            dsink is not None,
-        ),
-        num_warps=8,
-    )
-    main_grid = (-(-spec.k_len // KEYS), spec.batch * spec.kv_heads)
-    _launch(attention_backward, main_grid, prepared, (accumulator,), main_arguments, num_warps=4)
-    dq = None
-    if needs.q:
-        dq = torch.empty_like(q)
-        _launch(
-            convert_dq,
-            (pairs * (PAIR // 64) * (block_d // 64), spec.batch * spec.heads),
-            prepared,
-            (dq, *(x for x in (cu_q,) if x is not None)),
-            (
-                accumulator,
-                dq,
-                cu_q,
-                *dq.stride()[:3],
-                spec.heads,
-                spec.q_len,
-                head_rows,
-                spec.scale,
-                q.shape[3],
-                block_d,
-                packed,
-            ),
-            num_warps=4,
-        )
+    tiles = [tiles_of(*x) for x in inputs]
+    rows = box_descriptor(statistics, [total // 32, 64], [64, 1], [2, 64], FLAT)
+    dk_tiles, dv_tiles = tiles_of(*for_copy_engine(dk)), tiles_of(*for_copy_engine(dv))
+    lengths = (operands.q_offset, operands.cu_seqlens_q, operands.cu_seqlens_k)
+    sizes = (spec.heads, spec.kv_heads, spec.q_len, spec.k_len, head_rows, prepared.left, prepared.right)
+    numbers = (*prepared.numbers, *prepared.constants)
+    if accumulator is None:
+        from tilewise.backends.hopper.wide_dkdv import attention_dkdv
+        from tilewise.backends.hopper.wide_dq import attention_dq
+
+        dq_tiles = None if dq is None else tiles_of(*for_copy_engine(dq))
+        dsink = _statistics(dout, dlse, operands, out, lse, spec, prepared, needs, statistics, None)
+        grid = (-(-spec.k_len // 64), spec.batch * spec.kv_heads)
+        arguments = (*tiles, rows, dk_tiles, dv_tiles, *lengths, *sizes, *numbers)
+        _launch(attention_dkdv, grid, prepared, (statistics,), arguments, num_warps=4)
+        if dq is not None:
+            grid = (pairs, spec.batch * spec.heads)
+            arguments = (*tiles, dq_tiles, statistics, *lengths, *sizes, *numbers)
+            _launch(attention_dq, grid, prepared, (statistics,), arguments, num_warps=4)
+    else:
+        from tilewise.backends.hopper.backward_kernel import attention_backward
+        from tilewise.backends.hopper.conversion import convert_dq
+
+        dq_boxes = box_descriptor(accumulator, [total * block_d // 256, 256], [256, 1], [16, 256], FLAT)
+        tile_map = _map_arguments(tile_tensors(operands, spec, transposed=True))
+        dsink = _statistics(dout, dlse, operands, out, lse, spec, prepared, needs, statistics, accumulator)
+        grid = (-(-spec.k_len // KEYS), spec.batch * spec.kv_heads)
+        arguments = (*tiles, rows, dq_boxes, dk_tiles, dv_tiles, *lengths, *tile_map, *sizes, *numbers)
+        _launch(attention_backward, grid, prepared, (accumulator,), arguments, num_warps=4)
+        if dq is not None:
+            grid = (pairs * (PAIR // 64) * (block_d // 64), spec.batch * spec.heads)
+            arguments = (
+                *(accumulator, dq, operands.cu_seqlens_q, *dq.stride()[:3], spec.heads, spec.q_len, head_rows),
+                *(spec.scale, q.shape[3], block_d, packed),
+            )
+            read = (dq,) if operands.cu_seqlens_q is None else (dq, operands.cu_seqlens_q)
+            _launch(convert_dq, grid, prepared, read, arguments, num_warps=4)
+    sink = operands.sink
     return Gradients(
         dq,
         dk if needs.k else None,
         dv if needs.v else None,
         sink=None if dsink is None or sink is None else dsink.sum((0, 2)).to(sink.dtype),
     )
+
+
+def _statistics(
+    dout: Tensor,
+    dlse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    prepared: BackwardPlan,
+    needs: Needs,
+    statistics: Tensor,
+    accumulator: Tensor | None,
+) -> Tensor | None:
+    """Fill `statistics`, and `accumulator` with zeros; the sink's gradient in parts [B, H, tiles], if it is wanted."""
+    from tilewise.backends.hopper.preprocess import row_statistics
+
+    out = out if out.stride(3) == 1 else out.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    block_d, packed = prepared.block_d, spec.packed
+    rows = 128 if block_d == 64 else 64
+    grid = (-(-spec.q_len // PAIR) * (PAIR // rows), spec.batch * spec.heads)
+    dsink = None
+    if needs.sink and operands.sink is not None:
+        dsink = torch.empty((spec.batch, spec.heads, grid[0]), dtype=torch.float32, device=out.device)
+    sink = None if dsink is None else operands.sink
+    cu_q = operands.cu_seqlens_q
+    head_rows = statistics.numel() // 2 // (spec.heads * (1 if packed else spec.batch))
+    arguments = (
+        *(out, dout, lse, dlse, sink, cu_q, statistics, accumulator, dsink),
+        *(*out.stride()[:3], *dout.stride()[:3]),
+        *(spec.heads, spec.q_len, operands.q.shape[2], head_rows, operands.v.shape[3], block_d, rows, packed),
+        *(dlse is not None, dsink is not None),
+    )
+    read = (out, dout, *(x for x in (lse, dlse, sink, cu_q) if x is not None))
+    _launch(row_statistics, grid, prepared, read, arguments, num_warps=8)
+    return dsink
 
 
 def _map_arguments(tiles: TileTensors | None) -> tuple[Any, ...]:

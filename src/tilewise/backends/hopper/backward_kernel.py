@@ -12,7 +12,7 @@ its columns; at D = 64 they take turns, so that the other one only arrives at th
 float32 accumulator by the copy engine, in the order of the tensor core's registers (conversion.py undoes that).
 
 Two blocks ("a pair", 128 rows, one tile of a tile map) make one turn of the loop, so that every shared-memory address
-is a constant. All of shared memory is one pool, and `_opaque` is a zero that the compiler cannot see through: without
+is a constant. All of shared memory is one pool, and `opaque` is a zero that the compiler cannot see through: without
 these two, descriptors of every buffer become loop invariants in registers and are spilled.
 
 P and dS recomputed from the LSE: Dao 2023 (FlashAttention-2). Producer and consumers, dQ added by the copy engine: Shah
@@ -25,6 +25,16 @@ et al. 2024 (FlashAttention-3).
 
 from __future__ import annotations
 
+from tilewise.backends.hopper.backward_parts import (
+    PAIR,
+    ROWS,
+    new_barrier,
+    opaque,
+    position_offset,
+    register_order,
+    sequence,
+    tanh,
+)
 from tilewise.backends.hopper.primitives import (
     barrier_arrive,
     barrier_sync,
@@ -41,14 +51,9 @@ from tilewise.backends.hopper.primitives import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from tilewise.backends.hopper.walk import FARTHEST, OFFSET_ALIGNED, OFFSET_TENSOR
 
 KEYS = gl.constexpr(128)
 """Keys of a CTA; 64 a warpgroup."""
-ROWS = gl.constexpr(64)
-"""Query rows of a block."""
-PAIR = gl.constexpr(128)
-"""Query rows of a turn of the loop, and of a tile of a tile map."""
 
 Q_FREE = gl.constexpr(6)
 DOUT_FREE = gl.constexpr(8)
@@ -68,20 +73,6 @@ UNMASKED = gl.constexpr(0)
 BAND = gl.constexpr(1)
 BITS = gl.constexpr(2)
 """What a block's scores are tested for: nothing, causal rule and window, or a bit tile."""
-
-
-@gluon.jit
-def _opaque():
-    """A zero that the compiler cannot see through."""
-    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
-def _new_barrier():
-    """A barrier in shared memory for what the copy engine fills once a phase."""
-    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(barrier, count=1)
-    return barrier
 
 
 @gluon.jit
@@ -112,18 +103,6 @@ def _dq_slot(pool, zero, w: gl.constexpr):
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], pool.dtype)
         tile = reinterpret(pool, pool.dtype, [SLOTS // 2, 128, D], LAYOUT).index(SLOTS // 2 - 2 + w + zero)
     return tile
-
-
-@gluon.jit
-def _sequence(cu, b, length, PACKED: gl.constexpr):
-    """First token, length and first row of the statistics of sequence b."""
-    first = 0
-    padded = 0
-    if PACKED:
-        first = gl.load(cu + b)
-        length = gl.load(cu + b + 1) - first
-        padded = (first + b * PAIR) // PAIR * PAIR
-    return first, length, padded
 
 
 @gluon.jit
@@ -235,23 +214,10 @@ def _producer(
 
 
 @gluon.jit
-def _tanh(x):
-    """tanh to 4e-7 relative: a polynomial where the exponential form cancels."""
-    u = x * x
-    near = -0.005664775360973334 * u + 0.020595679965414643
-    near = near * u - 0.053722679345897015
-    near = near * u + 0.13331150161457744
-    near = near * u - 0.3333326164181039
-    near = (near * u + 0.9999999961636128) * x
-    far = 1.0 - 2.0 / (1.0 + gl.exp2(gl.abs(x) * 2.885390081777927))
-    return gl.where(gl.abs(x) < 0.625, near, gl.where(x < 0, -far, far))
-
-
-@gluon.jit
 def _block(
     s, dk, dv, k, v, dq_desc, shared, phase, dq_row, behind, band, bits, scores,
     u: gl.constexpr, WG: gl.constexpr, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr,
+    CUT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Block u of a pair, given its scores s [64 keys, 64 rows]; returns the next block's scores, dK and dV.
 
@@ -266,16 +232,12 @@ def _block(
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     KEY: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # Offsets of dQ in the order of a warpgroup's registers: 16 bytes a thread, a warp's 512 bytes in a row.
-    DQ_ORDER: gl.constexpr = gl.SharedLinearLayout(
-        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]], [], 128
-    )
     # At D = 128 both warpgroups compute half of dQ's columns; at D = 64 they take turns.
     BOTH: gl.constexpr = D == 128
     OWNER: gl.constexpr = BOTH or u == WG
     OVERLAP: gl.constexpr = D == 64
     scale_log2, soft_scale, soft_log2 = scores
-    zero = _opaque()
+    zero = opaque()
     q = _slot(pool, Q_AT + u + zero, D)
     dout = _slot(pool, DOUT_AT + u + zero, D)
     nothing = gl.zeros([64, ROWS], gl.float32, S_LAYOUT)
@@ -294,11 +256,14 @@ def _block(
     lse = reinterpret(statistics.index(u), gl.float32, [2, ROWS], FLAT).index(0).load(COLUMN)
     slope = 1.0
     if SOFTCAP:
-        capped = _tanh(s * soft_scale)
+        capped = tanh(s * soft_scale)
         x = capped * soft_log2 - lse[None, :]
         slope = 1.0 - capped * capped
     else:
         x = s * scale_log2 - lse[None, :]
+    if CUT:
+        # Keys past the end read as 0, so their weight may be ∞ where all scores are far below 0; and ∞·0 is NaN in dQ.
+        x = gl.minimum(x, 0.0)
     if MASK == BAND:
         left, right = band
         # The limits move with the rows; differences of keys and rows would not, and be kept in 32 registers.
@@ -352,7 +317,7 @@ def _block(
     if OWNER:
         store_wait(0)
         dq = warpgroup_mma_wait(2, deps=[dq])
-        reinterpret(_dq_slot(pool, zero, WG), gl.float32, [64, 64], DQ_ORDER).store(dq)
+        reinterpret(_dq_slot(pool, zero, WG), gl.float32, [64, 64], register_order()).store(dq)
         fence_async_shared()
         tile = reinterpret(_dq_slot(pool, zero, WG), gl.float32, [16, 256], dq_desc.layout)
         tma_reduce_add(dq_desc, [dq_row, 0], tile)
@@ -367,7 +332,8 @@ def _block(
 @gluon.jit
 def _pair(
     s, dk, dv, k, v, dq_desc, shared, phase, row, at, position, band, bits, scores,
-    WG: gl.constexpr, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
+    WG: gl.constexpr, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CUT: gl.constexpr,
+    SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """The two blocks from row `row` on. `at`: the head's first row in dQ's accumulator; `position`: the first key's."""
     D: gl.constexpr = shared[0].type.shape[-1]
@@ -376,7 +342,7 @@ def _pair(
         # 256 floats a row of the accumulator's descriptor, 4096 a tile of 64 × 64; at D = 128 one a warpgroup.
         dq_row = (at + row + ROWS * u) // (256 // D) + (16 * WG if D == 128 else 0)
         s, dk, dv = _block(s, dk, dv, k, v, dq_desc, shared, phase, dq_row, behind, band, bits, scores,
-                           u, WG, MASK, LEFT, RIGHT, SOFTCAP)  # fmt: skip
+                           u, WG, MASK, LEFT, RIGHT, CUT, SOFTCAP)  # fmt: skip
     return s, dk, dv
 
 
@@ -384,7 +350,7 @@ def _pair(
 def _consumer(
     dq_desc, dk_desc, dv_desc, shared, tile, b, kv_head, group, queries, keys, pairs, tile_map,
     offset, band, scale, scores, PACKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MAP: gl.constexpr,
-    SOFTCAP: gl.constexpr, WG: gl.constexpr,
+    CUT: gl.constexpr, SOFTCAP: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 64 keys, and their part of dQ; walks as the producer does.
 
@@ -430,23 +396,23 @@ def _consumer(
                 bits = bits_ptr + gl.load(part_id + part).to(gl.int64) * 512 + 256 * WG
                 s, dk, dv = _pair(s, dk, dv, k, v, dq_desc, shared, phase,
                                   gl.load(part_col + part) * PAIR, at, position, band, bits, scores,
-                                  WG, BITS, False, False, SOFTCAP)  # fmt: skip
+                                  WG, BITS, False, False, CUT, SOFTCAP)  # fmt: skip
                 phase ^= 1
             for run in range(gl.load(run_begin + row), gl.load(run_end + row)):
                 for pair in range(gl.load(run_start + run), gl.load(run_stop + run)):
                     s, dk, dv = _pair(s, dk, dv, k, v, dq_desc, shared, phase, pair * PAIR, at,
-                                      position, band, 0, scores, WG, UNMASKED, False, False, SOFTCAP)  # fmt: skip
+                                      position, band, 0, scores, WG, UNMASKED, False, False, CUT, SOFTCAP)  # fmt: skip
                     phase ^= 1
         else:
             if LEFT or RIGHT:
                 for t in range(first, last - (full_to - full_from)):
                     pair = gl.where(t < full_from, t, t + full_to - full_from)
                     s, dk, dv = _pair(s, dk, dv, k, v, dq_desc, shared, phase, pair * PAIR, at,
-                                      position, band, 0, scores, WG, BAND, LEFT, RIGHT, SOFTCAP)  # fmt: skip
+                                      position, band, 0, scores, WG, BAND, LEFT, RIGHT, CUT, SOFTCAP)  # fmt: skip
                     phase ^= 1
             for pair in range(full_from, full_to):
                 s, dk, dv = _pair(s, dk, dv, k, v, dq_desc, shared, phase, pair * PAIR, at, position,
-                                  band, 0, scores, WG, UNMASKED, False, False, SOFTCAP)  # fmt: skip
+                                  band, 0, scores, WG, UNMASKED, False, False, CUT, SOFTCAP)  # fmt: skip
                 phase ^= 1
         at += head_rows
     batch = b
@@ -481,27 +447,26 @@ def attention_backward(
     map_batch, map_heads, map_tiles, heads, kv_heads, q_len, k_len, head_rows, left, right,
     scale, scale_log2, soft_scale, soft_log2,
     PACKED: gl.constexpr, OFFSET: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MAP: gl.constexpr,
-    SOFTCAP: gl.constexpr,
+    CUT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of 128 keys of one KV head, and their part of dQ. Grid: (key tiles, batch · KV heads)."""
+    """dK and dV of 128 keys of one KV head, and their part of dQ. Grid: (key tiles, batch · KV heads).
+
+    CUT: the last tile may hold fewer keys.
+    """
     D: gl.constexpr = q_desc.block_type.shape[-1]
     SLOTS: gl.constexpr = 12 if D == 128 else 16
     tile = gl.program_id(0)
     kv_head = gl.program_id(1) % kv_heads
     b = gl.program_id(1) // kv_heads
     group = heads // kv_heads
-    first_q, n, padded = _sequence(cu_q_ptr, b, q_len, PACKED)
-    first_k, m, _ = _sequence(cu_k_ptr, b, k_len, PACKED)
+    first_q, n, padded = sequence(cu_q_ptr, b, q_len, PACKED)
+    first_k, m, _ = sequence(cu_k_ptr, b, k_len, PACKED)
     if tile * KEYS >= m:
         return
     batch = b
     if PACKED:
         batch = 0
-    offset = 0
-    if OFFSET == OFFSET_ALIGNED:
-        offset = m - n
-    if OFFSET == OFFSET_TENSOR:
-        offset = gl.minimum(gl.maximum(gl.load(q_offset_ptr + b), -FARTHEST), FARTHEST)
+    offset = position_offset(q_offset_ptr, b, n, m, OFFSET)
     queries = (first_q, n, (batch * heads + kv_head * group) * head_rows + padded, head_rows)
     keys = (first_k, m)
     stop = gl.minimum((tile + 1) * KEYS, m)
@@ -513,16 +478,18 @@ def attention_backward(
     pool = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
     statistics = gl.allocate_shared_memory(gl.float32, [2, 2, ROWS], statistics_desc.layout)
     # One allocation each: between two waits on parts of one allocation the compiler puts a barrier of the warpgroup.
-    kv_full = (_new_barrier(), _new_barrier())
-    q_full = (_new_barrier(), _new_barrier())
-    dout_full = (_new_barrier(), _new_barrier())
+    kv_full = (new_barrier(), new_barrier())
+    q_full = (new_barrier(), new_barrier())
+    dout_full = (new_barrier(), new_barrier())
     shared = (pool, statistics, kv_full, q_full, dout_full)
     fence_async_shared()
     gl.warp_specialize([
         (_producer, (q_desc, k_desc, v_desc, dout_desc, statistics_desc, shared, tile, b, kv_head,
                      group, queries, keys, pairs, tile_map, PACKED, LEFT or RIGHT, MAP)),
         (_consumer, (dq_desc, dk_desc, dv_desc, shared, tile, b, kv_head, group, queries, keys, pairs,
-                     tile_map, offset, band, scale, scores, PACKED, LEFT, RIGHT, MAP, SOFTCAP, gl.constexpr(0))),
+                     tile_map, offset, band, scale, scores, PACKED, LEFT, RIGHT, MAP, CUT, SOFTCAP,
+                     gl.constexpr(0))),
         (_consumer, (dq_desc, dk_desc, dv_desc, shared, tile, b, kv_head, group, queries, keys, pairs,
-                     tile_map, offset, band, scale, scores, PACKED, LEFT, RIGHT, MAP, SOFTCAP, gl.constexpr(1))),
+                     tile_map, offset, band, scale, scores, PACKED, LEFT, RIGHT, MAP, CUT, SOFTCAP,
+                     gl.constexpr(1))),
     ], [4, 4], [240, 240])  # fmt: skip

@@ -1,9 +1,9 @@
 """What the backward needs of each query row besides its scores: LSE in log2 units and Δ = rowsum(dO∘O) − dLSE.
 
-One program does BLOCK rows of one head, and on its way zeroes their part of the float32 accumulator of dQ, to which the
-main kernel adds: all three stages of memory traffic (read O and dO, write zeros) then run at once. Rows are padded to
-pairs of blocks of 64, each sequence of a packed batch for itself; a padded row and one that saw nothing get an LSE of
-+∞, which makes their P, and with it all that they add to a gradient, exactly 0.
+One program does BLOCK rows of one head, and on its way zeroes their part of the float32 accumulator of dQ, if there is
+one, to which the main kernel adds: all three stages of memory traffic (read O and dO, write zeros) then run at once.
+Rows are padded to pairs of blocks of 64, each sequence of a packed batch for itself; a padded row and one that saw
+nothing get an LSE of +∞, which makes their P, and with it all that they add to a gradient, exactly 0.
 
 With a sink, also −Σ P_sink∘Δ over the program's rows, the sink's gradient in parts (P_sink = e^{sink − LSE}).
 """
@@ -74,8 +74,9 @@ def row_statistics(
         dout = tl.load(dout_ptr + place + tokens * stride_dn + columns[None, :], mask=mask, other=0.0)
         head = (batch * heads + h).to(tl.int64)
         at = head * head_rows + padded + tile * BLOCK
-        zeros = tl.zeros([BLOCK * BLOCK_D], tl.float32)
-        tl.store(dq_ptr + at * BLOCK_D + tl.arange(0, BLOCK * BLOCK_D), zeros)
+        if dq_ptr is not None:
+            zeros = tl.zeros([BLOCK * BLOCK_D], tl.float32)
+            tl.store(dq_ptr + at * BLOCK_D + tl.arange(0, BLOCK * BLOCK_D), zeros)
         lse = tl.load(lse_ptr + head * q_rows + first + rows, mask=live, other=float("-inf"))
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
         if DLSE:

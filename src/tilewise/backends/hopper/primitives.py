@@ -39,6 +39,7 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
+    "pinned",
     "record",
     "reinterpret",
     "shared_layout",
@@ -120,6 +121,12 @@ def barrier_sync(barrier, THREADS: gl.constexpr):
 def barrier_arrive(barrier, THREADS: gl.constexpr):
     """Count this warpgroup's 128 threads in at hardware barrier `barrier`, and go on."""
     gl.inline_asm_elementwise(_barrier_code("arrive", THREADS), "=r,r", [barrier], gl.int32, False, 1)
+
+
+@gluon.jit
+def pinned(x):
+    """x, of int32, in a form that nothing can be computed from before this point."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
