@@ -119,7 +119,7 @@ LANGUAGE = SimpleNamespace(
     SwizzledSharedLayout=_layout, NVMMASharedLayout=_layout, SharedLinearLayout=linear_order,
     program_id=lambda axis: integer(CTA.program[axis]), num_programs=lambda axis: integer(CTA.grid[axis]),
     load=load, store=store, atomic_add=atomic_add, where=where,
-    minimum=lambda x, y: value(np.minimum(x, y)), maximum=lambda x, y: value(np.maximum(x, y)),
+    minimum=lambda x, y: value(np.fmin(x, y)), maximum=lambda x, y: value(np.fmax(x, y)),
     cdiv=lambda x, y: (x + (y - 1)) // y, abs=np.abs, exp2=np.exp2, log2=np.log2,
     max=lambda x, axis: value(np.max(np.asarray(x), axis)),
     sum=lambda x, axis: value(np.sum(np.asarray(x), axis), x.dtype),
@@ -136,6 +136,7 @@ REPLACED = {
     "tma_store": tma_store, "tma_reduce_add": partial(tma_store, add=True),
     "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": fence,
     "pinned": lambda x: x,
+    "at_most_zero": lambda x: value(np.minimum(x, 0.0), x.dtype),
     "barrier_arrive": barrier_arrive, "barrier_sync": barrier_sync,
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: "mbarrier", init=lambda barrier, count: barrier.init(count),

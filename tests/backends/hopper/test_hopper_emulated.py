@@ -86,6 +86,16 @@ def test_scores_far_below_those_of_keys_past_the_end(dim: int, options: dict[str
     assert worst_error([x[..., 1:] for x in found], [x[..., 1:] for x in grads]) < ROUNDING["float16"]
 
 
+@pytest.mark.parametrize("dim", [64, 256])
+def test_what_is_not_a_number_stays_so(dim: int) -> None:
+    """Also where the weights of keys past the end are limited: the plain minimum of NaN and 0 is 0."""
+    given = make(n=70, m=70, dim=dim, batch=1, heads=1, kv_heads=1, dtype="float16")
+    out, lse, _ = exact(given)
+    given.operands.q[0, 0, 3, 5] = float("nan")
+    with emulator.emulating():
+        assert all(x.isnan().any() for x in ours(given, out, lse))
+
+
 @pytest.mark.parametrize("options", EXTREMES, ids=str)
 def test_offsets_and_windows_at_the_ends_of_int32(options: dict[str, Any]) -> None:
     with emulator.emulating():

@@ -117,6 +117,8 @@ def test_it_spills_no_more_than_is_known(change: dict[str, Any], compiler: None)
         ({"head_dim": 544}, "rotary"),
         ({"dtype": "float32"}, "float32"),
         ({"page_size": 17}, "pages of 17"),
+        ({"kv_heads": 2}, "one latent vector"),
+        ({"causal": False, "window": (None, 3), "q_len": 2}, "a window"),
         ({"window": (100, None), "sink": True}, "a window and sinks"),
         ({"scale": -1.0}, "above zero"),
         ({}, "device"),

@@ -36,7 +36,7 @@ def backward_obstacle(spec: AttentionSpec) -> str | None:
         return "head dims above 128 have kernels here that were compiled and emulated, but not yet run on a device"
     if any(dim % 8 for dim in dims):
         return "the copy engine writes gradients in rows of multiples of 16 bytes, so head dims must be multiples of 8"
-    if spec.deterministic:
+    if spec.deterministic and max(dims) <= 128:
         return "dQ is added up by the copy engine, in an order that differs from run to run"
     if spec.batch * spec.heads > GRID_ROWS:
         return f"its launch grids hold {GRID_ROWS} heads of sequences at most"
@@ -67,6 +67,7 @@ def plan(spec: AttentionSpec) -> BackwardPlan:
     offset = spec.offset or 0
     offset_kind = 1 if spec.q_offset == "tensor" else 2 if spec.packed and spec.q_offset is None else 0
     widest = max(spec.head_dim, spec.v_head_dim)
+    assert widest <= 128 or spec.mask is None
     block_d = 64 if widest <= 64 else 128 if widest <= 128 else 256
     keys = KEYS if block_d <= 128 else 64
     return BackwardPlan(

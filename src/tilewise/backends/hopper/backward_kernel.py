@@ -36,6 +36,7 @@ from tilewise.backends.hopper.backward_parts import (
     tanh,
 )
 from tilewise.backends.hopper.primitives import (
+    at_most_zero,
     barrier_arrive,
     barrier_sync,
     fence_async_shared,
@@ -263,7 +264,7 @@ def _block(
         x = s * scale_log2 - lse[None, :]
     if CUT:
         # Keys past the end read as 0, so their weight may be ∞ where all scores are far below 0; and ∞·0 is NaN in dQ.
-        x = gl.minimum(x, 0.0)
+        x = at_most_zero(x)
     if MASK == BAND:
         left, right = band
         # The limits move with the rows; differences of keys and rows would not, and be kept in 32 registers.

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from tilewise.backends.hopper.primitives import constexpr_function, gl, gluon, mbarrier
+from tilewise.backends.hopper.primitives import at_most_zero, constexpr_function, gl, gluon, mbarrier
 from tilewise.backends.hopper.walk import FARTHEST, OFFSET_ALIGNED, OFFSET_TENSOR
 
 ROWS = gl.constexpr(64)
@@ -108,3 +108,38 @@ def tanh(x):
     near = (near * u + 0.9999999961636128) * x
     far = 1.0 - 2.0 / (1.0 + gl.exp2(gl.abs(x) * 2.885390081777927))
     return gl.where(gl.abs(x) < 0.625, near, gl.where(x < 0, -far, far))
+
+
+@gluon.jit
+def wide_slot(pool, index):
+    """One slot of the pool as a tile of 64 rows; its address is computed anew, and not kept in a register."""
+    return pool.index(index + opaque()).reshape([ROWS, pool.type.shape[-1]])
+
+
+@gluon.jit
+def weights_of(
+    s, lse, key, position, band, scores,
+    MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CUT: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """P of a block's scores s, and the slope of the soft cap there.
+
+    `lse` (in log2 units), `key` and `position` (counted from one origin) have a 1 for the dim of s that they do not
+    change along. CUT: keys past the end read as 0, and the weight of such a score may be ∞ where others are far below.
+    """
+    scale_log2, soft_scale, soft_log2 = scores
+    slope = 1.0
+    if SOFTCAP:
+        capped = tanh(s * soft_scale)
+        x = capped * soft_log2 - lse
+        slope = 1.0 - capped * capped
+    else:
+        x = s * scale_log2 - lse
+    if CUT:
+        x = at_most_zero(x)
+    if MASK:
+        left, right = band
+        if RIGHT:
+            x = gl.where(key <= position + right, x, -float("inf"))
+        if LEFT:
+            x = gl.where(key >= position - left, x, -float("inf"))
+    return gl.exp2(x), slope

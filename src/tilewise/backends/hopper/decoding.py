@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from tilewise.backends.hopper import gluon_obstacle
 from tilewise.backends.hopper.launch import multiprocessors as multiprocessors_of
 from tilewise.backends.triton import made_current
 from tilewise.backends.triton.decode_configs import DecodeTile, choose_splits
-from tilewise.backends.triton.decode_launch import MERGE, MERGE_COLUMNS
+from tilewise.backends.triton.decode_launch import MERGE, MERGE_COLUMNS, DecodePlan
 from tilewise.backends.triton.decoding import TRITON_DECODE
-from tilewise.backends.triton.launch import launch
+from tilewise.backends.triton.launch import SMALLEST_SCALE, launch
 from tilewise.spec import DecodeSpec
 
 COLUMNS = 512
@@ -49,14 +50,15 @@ def fits_copy_engine(k: Tensor) -> bool:
     `tile_descriptor` counts places in tokens, so pages or sequences must lie a whole number of tokens apart.
     """
     page, token = k.stride(0), k.stride(2)
-    return k.stride(3) == 1 and token > 0 and page % token == 0 and not (k.data_ptr() | 2 * token) & 15
+    lies_right = k.stride(3) == 1 and token > 0 and page % token == 0 and not (k.data_ptr() | 2 * token) & 15
+    return lies_right and k.numel() > 0
 
 
 def plan(spec: DecodeSpec, multiprocessors: int | None = None) -> LatentPlan:
     """The plan of a spec, cached with the dispatcher's plan."""
     tiles = -(-spec.heads * spec.q_len // 64)
     splits = choose_splits(spec, TILE, tiles, multiprocessors or multiprocessors_of(torch.cuda.current_device()))
-    causal = spec.causal and spec.q_len > 1
+    causal = spec.limits[1] == 0 and spec.q_len > 1
     constants = spec.group, causal, spec.page_size is not None, spec.packed, splits > 1
     merge_constants = COLUMNS, MERGE_COLUMNS, max(2, 1 << (splits - 1).bit_length()), False, False
     return LatentPlan(tiles, splits, constants, merge_constants, spec.scale * math.log2(math.e), {})
@@ -84,7 +86,8 @@ def forward(operands: DecodeOperands, prepared: LatentPlan, spec: DecodeSpec) ->
         table = table.contiguous()
     lengths = operands.lengths.contiguous()
     token = k.stride(2)
-    strides = [k.stride(0), k.stride(1), token, 1]
+    # There is one head, whose stride is never used but must be a valid one.
+    strides = [k.stride(0), token, token, 1]
     arguments = (
         *(tile_descriptor(k, strides, TILE.block_n, columns, packed=True) for columns in (COLUMNS, REST)),
         *(q, found, statistic, lengths, table),
@@ -106,6 +109,11 @@ def forward(operands: DecodeOperands, prepared: LatentPlan, spec: DecodeSpec) ->
     return out, lse
 
 
+@cache
+def _portable(spec: DecodeSpec) -> DecodePlan:
+    return TRITON_DECODE.configure(spec)
+
+
 class HopperDecode:
     """Decoding against latent caches. A pool that the copy engine cannot take is read by the Triton kernel."""
 
@@ -116,6 +124,8 @@ class HopperDecode:
             return f"its kernels use wgmma and TMA as sm_90 has them, not {spec.device}"
         if not spec.latent:
             return "it decodes against latent caches only; the others are read at the memory's speed by triton"
+        if spec.kv_heads != 1:
+            return f"its rows are all heads of one latent vector, not of {spec.kv_heads}"
         if (spec.head_dim, spec.v_head_dim) != (COLUMNS + REST, COLUMNS):
             return f"its tiles are {COLUMNS} latent columns and {REST} rotary ones"
         if spec.dtype not in ("float16", "bfloat16"):
@@ -123,7 +133,7 @@ class HopperDecode:
         if spec.page_size is not None and spec.page_size % TILE.block_n:
             return f"its blocks of {TILE.block_n} tokens do not fit into pages of {spec.page_size}"
         features = {
-            "a window": spec.limits[0] is not None,
+            "a window": spec.limits[0] is not None or (spec.q_len > 1 and spec.limits[1] not in (None, 0)),
             "a ring": spec.ring,
             "int8": spec.int8,
             "left padding": spec.padded,
@@ -135,8 +145,8 @@ class HopperDecode:
         wanted = [name for name, there in features.items() if there]
         if wanted:
             return f"it does not know {' and '.join(wanted)}"
-        if spec.scale <= 0.0:
-            return "it takes row maxima before it scales, so it needs a scale above zero"
+        if spec.scale < SMALLEST_SCALE:
+            return "it takes row maxima before it scales, so it needs a scale above zero, and not below float32's"
         return gluon_obstacle() or "its kernel was compiled and emulated, but has not yet run on a device"
 
     def configure(self, spec: DecodeSpec) -> LatentPlan:
@@ -144,7 +154,7 @@ class HopperDecode:
 
     def forward(self, operands: DecodeOperands, spec: DecodeSpec, config: LatentPlan) -> tuple[Tensor, Tensor]:
         if not fits_copy_engine(operands.k):
-            return TRITON_DECODE.forward(operands, spec, TRITON_DECODE.configure(spec))
+            return TRITON_DECODE.forward(operands, spec, _portable(spec))
         with made_current(operands.q):
             return forward(operands, config, spec)
 

@@ -9,8 +9,8 @@ float32, is what two consumer warpgroups hold, half of the columns each:
     values    the other columns, with that P
 
 Per block the tensor cores get P_j·V_j of both and then S_{j+1}: so the buffer of block j is handed back before S_{j+1}
-begins, and has the time of that product and of a softmax to be filled again. A block is 2176 cycles of products and a
-softmax of some 450 under which nothing else runs; S before P·V would hide the softmax, but not the copy.
+begins, and has the time of that product, a softmax and the next P·V to be filled again. A block is 2176 cycles of
+products and a softmax of some 450 under which nothing else runs; S before P·V would hide the softmax, but not the copy.
 
 The cache's end, and a page that is not there, are the end of a virtual sequence (`tile_descriptor`): what lies behind
 is never read and counts as 0.

@@ -26,11 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate, base_value
+from triton.language.core import PropagateNan, _aggregate, base_value
 
 __all__ = [
     "RAGGED",
     "Address",
+    "at_most_zero",
     "barrier_arrive",
     "barrier_sync",
     "box_descriptor",
@@ -53,6 +54,8 @@ __all__ = [
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
+
+ALL_NANS = gl.constexpr(PropagateNan.ALL)
 
 tensor_descriptor = tma.tensor_descriptor
 """What a descriptor is inside a kernel."""
@@ -121,6 +124,12 @@ def barrier_sync(barrier, THREADS: gl.constexpr):
 def barrier_arrive(barrier, THREADS: gl.constexpr):
     """Count this warpgroup's 128 threads in at hardware barrier `barrier`, and go on."""
     gl.inline_asm_elementwise(_barrier_code("arrive", THREADS), "=r,r", [barrier], gl.int32, False, 1)
+
+
+@gluon.jit
+def at_most_zero(x):
+    """min(x, 0), and NaN where x is NaN, which the plain minimum would lose."""
+    return gl.minimum(x, 0.0, propagate_nan=ALL_NANS)
 
 
 @gluon.jit

@@ -6,14 +6,15 @@ dK and dV of 64 keys are all that two warpgroups hold at this width, so they div
     keys      dP = V·dOᵀ, dS = P∘(dP − Δ),        dK += dS·Q
 
 Both compute transposed scores [keys, rows], so that P and dS leave the registers as the left operands of the second
-product. P goes from one to the other through shared memory, in float32 and in the order of the registers. Each issues
-its first product of block t, then the second of block t − 1, and computes under the latter; the tensor cores are never
-asked twice for the same product. Four products for 64 × 64 pairs read 192 KiB of shared memory, 1536 cycles for 2048 of
-the tensor cores; the copy engine and P add 768.
+product. P goes from one to the other through shared memory, in float32 and in the order of the registers. In turn t the
+one issues S of block t and dV of block t − 1, and computes P under the latter; the other dK of block t − 1 and dP of
+block t. In this order a buffer of Q is handed back half a turn before the next S needs it filled, and so is one of dO
+before the next dP. Four products for 64 × 64 pairs read 192 KiB of shared memory, 1536 cycles for 2048 of the tensor
+cores; the copy engine and P add 768.
 
 dQ is the other kernel's (wide_dq.py), which multiplies S and dP again: seven products for five, but no sum over CTAs,
-so all gradients are the same bits every time. One pass would add 64 KiB to a float32 accumulator for each 64 KiB that
-it reads, more than L2 delivers in that time.
+so all gradients are the same bits every time. One pass would need 64 KiB more of registers, and add as much to a
+float32 accumulator for each 64 KiB that it reads.
 """
 
 # Kernels are in Triton's language, which checks its own types when it compiles.
@@ -26,12 +27,12 @@ from tilewise.backends.hopper.backward_parts import (
     ROWS,
     block_place,
     new_barrier,
-    opaque,
     position_offset,
     register_order,
     sequence,
-    tanh,
     visible_blocks,
+    weights_of,
+    wide_slot,
 )
 from tilewise.backends.hopper.primitives import (
     barrier_arrive,
@@ -64,12 +65,6 @@ K_AT = gl.constexpr(4)
 V_AT = gl.constexpr(5)
 SLOTS = gl.constexpr(6)
 """Slots of 64 rows in the pool: two buffers of Q and of dO, K and V."""
-
-
-@gluon.jit
-def _slot(pool, index, D: gl.constexpr):
-    """One slot of the pool as a tile of 64 rows."""
-    return pool.index(index + opaque()).reshape([ROWS, D])
 
 
 @gluon.jit
@@ -124,29 +119,12 @@ def _exponentials(
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scale_log2, soft_scale, soft_log2 = scores
     stage = t & 1
     lse = reinterpret(statistics.index(stage), gl.float32, [2, ROWS], FLAT).index(0).load(COLUMN)
     barrier_arrive(Q_FREE + stage, 384)
-    slope = 1.0
-    if SOFTCAP:
-        capped = tanh(s * soft_scale)
-        x = capped * soft_log2 - lse[None, :]
-        slope = 1.0 - capped * capped
-    else:
-        x = s * scale_log2 - lse[None, :]
-    if CUT:
-        # The weight of a key past the end, which reads as 0, may be ∞ where all scores are far below 0.
-        x = gl.minimum(x, 0.0)
-    if MASK:
-        left, right = band
-        key = gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))[:, None]
-        position = gl.arange(0, ROWS, layout=COLUMN) - behind
-        if RIGHT:
-            x = gl.where(key <= (position + right)[None, :], x, -float("inf"))
-        if LEFT:
-            x = gl.where(key >= (position - left)[None, :], x, -float("inf"))
-    p = gl.exp2(x)
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, S_LAYOUT))[:, None]
+    position = (gl.arange(0, ROWS, layout=COLUMN) - behind)[None, :]
+    p, slope = weights_of(s, lse[None, :], key, position, band, scores, MASK, LEFT, RIGHT, CUT, SOFTCAP)
     if t >= 2:
         barrier_sync(WEIGHTS_FREE + stage, 256)
     weights.index(stage).store(p * slope)
@@ -161,16 +139,15 @@ def _value_step(
 ):  # fmt: skip
     """S of block t, and dV += P·dO of the block before, whose P is `p`; P of block t under the latter."""
     pool, _, _, _, q_full, dout_full = shared
-    D: gl.constexpr = pool.type.shape[-1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     stage = t & 1
     before = stage ^ 1
     nothing = gl.zeros([64, ROWS], gl.float32, S_LAYOUT)
     mbarrier.wait(q_full.index(stage), t >> 1 & 1)
-    q = _slot(pool, Q_AT + stage, D)
-    s = warpgroup_mma(_slot(pool, K_AT, D), q.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    q = wide_slot(pool, Q_AT + stage)
+    s = warpgroup_mma(wide_slot(pool, K_AT), q.permute([1, 0]), nothing, use_acc=False, is_async=True)
     mbarrier.wait(dout_full.index(before), (t - 1) >> 1 & 1)
-    dv = warpgroup_mma(p, _slot(pool, DOUT_AT + before, D), dv, is_async=True)
+    dv = warpgroup_mma(p, wide_slot(pool, DOUT_AT + before), dv, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     p = _exponentials(s, shared, t, behind, band, scores, MASK, LEFT, RIGHT, CUT, SOFTCAP)
     dv, p = warpgroup_mma_wait(0, deps=[dv, p])
@@ -197,8 +174,8 @@ def _values(
     if count > 0:
         mbarrier.wait(q_full.index(0), 0)
         nothing = gl.zeros([64, ROWS], gl.float32, S_LAYOUT)
-        q = _slot(pool, Q_AT, D)
-        s = warpgroup_mma(_slot(pool, K_AT, D), q.permute([1, 0]), nothing, use_acc=False, is_async=True)
+        q = wide_slot(pool, Q_AT)
+        s = warpgroup_mma(wide_slot(pool, K_AT), q.permute([1, 0]), nothing, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         row = block_place(0, group, blocks)[1]
         p = _exponentials(s, shared, 0, position - row, band, scores, BAND, LEFT, RIGHT, CUT, SOFTCAP)
@@ -212,7 +189,7 @@ def _values(
             p, dv = _value_step(p, dv, shared, t, 0, band, scores, False, False, False, CUT, SOFTCAP)
         last = (count - 1) & 1
         mbarrier.wait(dout_full.index(last), (count - 1) >> 1 & 1)
-        dv = warpgroup_mma(p, _slot(pool, DOUT_AT + last, D), dv, is_async=True)
+        dv = warpgroup_mma(p, wide_slot(pool, DOUT_AT + last), dv, is_async=True)
         dv = warpgroup_mma_wait(0, deps=[dv])
         barrier_arrive(DOUT_FREE + last, 384)
         for t in range(gl.maximum(count, 2), count + 2):
@@ -221,7 +198,7 @@ def _values(
     if PACKED:
         batch = 0
     # Through K, which nobody else reads.
-    _slot(pool, K_AT, D).store(dv.to(pool.dtype))
+    wide_slot(pool, K_AT).store(dv.to(pool.dtype))
     fence_async_shared()
     tma_store(dv_desc, tile_place(batch, kv_head, tile * KEYS, first_k, m, PACKED), pool.index(K_AT))
     store_wait(0)
@@ -260,32 +237,32 @@ def _keys(dk_desc, shared, tile, b, kv_head, group, keys, blocks, scale, PACKED:
     mbarrier.wait(kv_full[1], 0)
     if count > 0:
         mbarrier.wait(dout_full.index(0), 0)
-        dout = _slot(pool, DOUT_AT, D)
-        dp = warpgroup_mma(_slot(pool, V_AT, D), dout.permute([1, 0]), nothing, use_acc=False, is_async=True)
+        dout = wide_slot(pool, DOUT_AT)
+        dp = warpgroup_mma(wide_slot(pool, V_AT), dout.permute([1, 0]), nothing, use_acc=False, is_async=True)
         dp = warpgroup_mma_wait(0, deps=[dp])
         barrier_arrive(DOUT_FREE, 384)
         ds = _score_gradients(dp, shared, 0)
         for t in range(1, count):
             stage = t & 1
             before = stage ^ 1
+            dk = warpgroup_mma(ds, wide_slot(pool, Q_AT + before), dk, is_async=True)
             mbarrier.wait(dout_full.index(stage), t >> 1 & 1)
-            dout = _slot(pool, DOUT_AT + stage, D)
-            dp = warpgroup_mma(_slot(pool, V_AT, D), dout.permute([1, 0]), nothing, use_acc=False, is_async=True)
-            dk = warpgroup_mma(ds, _slot(pool, Q_AT + before, D), dk, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=[dp])
+            dout = wide_slot(pool, DOUT_AT + stage)
+            dp = warpgroup_mma(wide_slot(pool, V_AT), dout.permute([1, 0]), nothing, use_acc=False, is_async=True)
+            dk = warpgroup_mma_wait(1, deps=[dk])
+            barrier_arrive(Q_FREE + before, 384)
+            dp = warpgroup_mma_wait(0, deps=[dp])
             barrier_arrive(DOUT_FREE + stage, 384)
             ds = _score_gradients(dp, shared, t)
-            dk, ds = warpgroup_mma_wait(0, deps=[dk, ds])
-            barrier_arrive(Q_FREE + before, 384)
         last = (count - 1) & 1
-        dk = warpgroup_mma(ds, _slot(pool, Q_AT + last, D), dk, is_async=True)
+        dk = warpgroup_mma(ds, wide_slot(pool, Q_AT + last), dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=[dk])
         barrier_arrive(Q_FREE + last, 384)
     batch = b
     if PACKED:
         batch = 0
     # Through V, which nobody else reads.
-    _slot(pool, V_AT, D).store((dk * scale).to(pool.dtype))
+    wide_slot(pool, V_AT).store((dk * scale).to(pool.dtype))
     fence_async_shared()
     tma_store(dk_desc, tile_place(batch, kv_head, tile * KEYS, first_k, m, PACKED), pool.index(V_AT))
     store_wait(0)

@@ -6,8 +6,9 @@ Per block j the tensor cores get
 
     dQ_{j−1} | S_j | dP_j        exp runs under dP, dS under the other consumer's products.
 
-K of block j − 1 is handed back as soon as its dQ is done, V of block j after dP: each has two thirds of a block's time
-to be filled again. Three products for 64 × 64 pairs are 1536 cycles of the tensor cores, and as many of shared memory.
+K of block j − 1 is handed back as soon as its dQ is done and has a block's time to be filled again; V of block j, after
+dP, has two thirds of one. Three products for 64 × 64 pairs are 1536 cycles of the tensor cores, and as many of shared
+memory.
 """
 
 # Kernels are in Triton's language, which checks its own types when it compiles.
@@ -19,11 +20,11 @@ from __future__ import annotations
 from tilewise.backends.hopper.backward_parts import (
     block_place,
     new_barrier,
-    opaque,
     position_offset,
     sequence,
-    tanh,
     visible_blocks,
+    weights_of,
+    wide_slot,
 )
 from tilewise.backends.hopper.primitives import (
     barrier_arrive,
@@ -55,12 +56,6 @@ K_AT = gl.constexpr(4)
 V_AT = gl.constexpr(6)
 SLOTS = gl.constexpr(7)
 """Slots of 64 rows in the pool: the warpgroups' halves of Q and dO, two buffers of K, one of V."""
-
-
-@gluon.jit
-def _slot(pool, index, D: gl.constexpr):
-    """One slot of the pool as a tile of 64 rows."""
-    return pool.index(index + opaque()).reshape([KEYS, D])
 
 
 @gluon.jit
@@ -116,31 +111,15 @@ def _score_gradients(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     lse, delta = statistics
-    scale_log2, soft_scale, soft_log2 = scores
     nothing = gl.zeros([64, KEYS], gl.float32, S_LAYOUT)
     mbarrier.wait(v_full, t & 1)
-    v = _slot(pool, V_AT, D)
-    dp = warpgroup_mma(_slot(pool, DOUT_AT + W, D), v.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    v = wide_slot(pool, V_AT)
+    dp = warpgroup_mma(wide_slot(pool, DOUT_AT + W), v.permute([1, 0]), nothing, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    slope = 1.0
-    if SOFTCAP:
-        capped = tanh(s * soft_scale)
-        x = capped * soft_log2 - lse[:, None]
-        slope = 1.0 - capped * capped
-    else:
-        x = s * scale_log2 - lse[:, None]
-    if CUT:
-        # The weight of a key past the end, which reads as 0, may be ∞ where all scores are far below 0.
-        x = gl.minimum(x, 0.0)
-    if MASK:
-        left, right = band
-        position = gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)) - behind
-        key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, S_LAYOUT))[None, :]
-        if RIGHT:
-            x = gl.where(key <= (position + right)[:, None], x, -float("inf"))
-        if LEFT:
-            x = gl.where(key >= (position - left)[:, None], x, -float("inf"))
-    p = gl.exp2(x) * slope
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, S_LAYOUT))[None, :]
+    position = (gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)) - behind)[:, None]
+    p, slope = weights_of(s, lse[:, None], key, position, band, scores, MASK, LEFT, RIGHT, CUT, SOFTCAP)
+    p *= slope
     dp = warpgroup_mma_wait(0, deps=[dp])
     barrier_arrive(V_FREE, 384)
     ds = p * (dp - delta[:, None])
@@ -154,15 +133,14 @@ def _step(
 ):  # fmt: skip
     """dQ += dS·K of the block before, whose dS is `ds`, then dS of block t."""
     pool, _, k_full, v_full = shared
-    D: gl.constexpr = pool.type.shape[-1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     nothing = gl.zeros([64, KEYS], gl.float32, S_LAYOUT)
     stage = t & 1
     before = stage ^ 1
-    dq = warpgroup_mma(ds, _slot(pool, K_AT + before, D), dq, is_async=True)
+    dq = warpgroup_mma(ds, wide_slot(pool, K_AT + before), dq, is_async=True)
     mbarrier.wait(k_full.index(stage), t >> 1 & 1)
-    k = _slot(pool, K_AT + stage, D)
-    s = warpgroup_mma(_slot(pool, Q_AT + W, D), k.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    k = wide_slot(pool, K_AT + stage)
+    s = warpgroup_mma(wide_slot(pool, Q_AT + W), k.permute([1, 0]), nothing, use_acc=False, is_async=True)
     dq = warpgroup_mma_wait(1, deps=[dq])
     barrier_arrive(K_FREE + before, 384)
     ds = _score_gradients(s, pool, v_full, t, statistics, behind, band, scores, W, MASK, LEFT, RIGHT, CUT, SOFTCAP)
@@ -192,8 +170,8 @@ def _consumer(
     if count > 0:
         nothing = gl.zeros([64, KEYS], gl.float32, S_LAYOUT)
         mbarrier.wait(k_full.index(0), 0)
-        k = _slot(pool, K_AT, D)
-        s = warpgroup_mma(_slot(pool, Q_AT + W, D), k.permute([1, 0]), nothing, use_acc=False, is_async=True)
+        k = wide_slot(pool, K_AT)
+        s = warpgroup_mma(wide_slot(pool, Q_AT + W), k.permute([1, 0]), nothing, use_acc=False, is_async=True)
         key = block_place(0, 1, blocks)[1]
         ds = _score_gradients(s, pool, v_full, 0, statistics, key - position, band, scores,
                               W, BAND, LEFT, RIGHT, CUT, SOFTCAP)  # fmt: skip
@@ -207,14 +185,14 @@ def _consumer(
         for t in range(unmasked, count):
             ds, dq = _step(ds, dq, shared, t, statistics, 0, band, scores, W, False, False, False, CUT, SOFTCAP)
         last = (count - 1) & 1
-        dq = warpgroup_mma(ds, _slot(pool, K_AT + last, D), dq, is_async=True)
+        dq = warpgroup_mma(ds, wide_slot(pool, K_AT + last), dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
         barrier_arrive(K_FREE + last, 384)
     batch = b
     if PACKED:
         batch = 0
     # Through this warpgroup's half of Q, which nobody else reads.
-    _slot(pool, Q_AT + W, D).store((dq * scale).to(pool.dtype))
+    wide_slot(pool, Q_AT + W).store((dq * scale).to(pool.dtype))
     fence_async_shared()
     tma_store(dq_desc, tile_place(batch, h, row + 64 * W, first_q, n, PACKED), pool.index(Q_AT + W))
     store_wait(0)
