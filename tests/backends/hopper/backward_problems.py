@@ -169,6 +169,17 @@ def lowered(problem: Problem) -> Problem:
     return problem._replace(operands=operands._replace(q=q, k=k))
 
 
+def with_exact_delta(problem: Problem, out: Tensor, lse: Tensor) -> Problem:
+    """The problem with a gradient of the LSE that takes the rounding of `out` out of Δ = rowsum(dO∘O) − dLSE.
+
+    Where dS nearly cancels (two keys, one of which has all the weight; a sink's gradient) that rounding is all of the
+    error, and no kernel's.
+    """
+    lost = (problem.dout.double() * (out.to(DTYPES[problem.spec.dtype]).double() - out)).sum(-1)
+    given = 0.0 if problem.dlse is None else problem.dlse.double()
+    return problem._replace(dlse=(given + lost.masked_fill(lse == -math.inf, 0.0)).float())
+
+
 def worst_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     """The largest ‖error‖ / ‖exact‖ over the gradients; of an exact 0, the largest element. NaN counts as infinite."""
     worst = 0.0
