@@ -127,6 +127,13 @@ def test_global_queries_need_no_projected_keys(places: tuple[int, ...], bias: bo
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert calls
     handle.remove()
+    pre = module.global_v_proj.register_forward_pre_hook(lambda *_: None)
+    assert not module._few_queries(x, 0.0)
+    pre.remove()
+    module.global_v_proj.forward = module.global_v_proj.forward  # as libraries do that move weights between devices
+    assert not module._few_queries(x, 0.0)
+    del module.global_v_proj.forward
+    assert module._few_queries(x, 0.0)
     for setting in ({"softcap": 3.0}, {"sinks": True}, {"qk_norm": 1e-6}, {"backend": "standard"}):
         assert not tnn.LongformerAttention(32, 4, window=8, global_tokens=places, **setting)._few_queries(x, 0.0)
     assert not module._few_queries(x, 0.1)

@@ -225,7 +225,7 @@ class LongformerAttention(SparseAttention):
             and dropout == 0.0
             and x.dtype == layers[0].weight.dtype
             and all(part is None for part in (self.rotary, self.k_norm, self.softcap, self.sinks))
-            and all(type(layer) is nn.Linear and not layer._forward_hooks for layer in layers)
+            and all(map(_is_plain, layers))
         )
 
     def _attend_unprojected(self, x: Tensor, rows: Tensor | slice, mask: Tensor | None) -> Tensor:
@@ -260,6 +260,12 @@ class LongformerAttention(SparseAttention):
             q, k = self.rotary(q, positions), self.rotary(k, positions)
             q = q if rows is None else q[:, :, rows]
         return q, k, self._heads(v_proj(x), self.heads, self.v_head_dim, None)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes W x + b from its weight and bias and nothing else: no hook, no other forward."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return type(layer) is nn.Linear and not hooks and "forward" not in layer.__dict__
 
 
 def _both(own: Mask, given: Mask | Tensor | None) -> Mask:

@@ -586,25 +586,12 @@ def attention_forward(
             [REGISTERS, REGISTERS],
         )
     elif WARPGROUPS == 3:
-        gl.warp_specialize(
-            [
-                (_producer, (call,)),
-                (_consumer, (call, gl.constexpr(0))),
-                (_consumer, (call, gl.constexpr(1))),
-                (_consumer, (call, gl.constexpr(2))),
-            ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS],
-        )
+        gl.warp_specialize([
+            (_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1))),
+            (_consumer, (call, gl.constexpr(2))),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
     else:
-        gl.warp_specialize(
-            [
-                (_producer, (call,)),
-                (_consumer, (call, gl.constexpr(0))),
-                (_consumer, (call, gl.constexpr(1))),
-                (_consumer, (call, gl.constexpr(2))),
-                (_consumer, (call, gl.constexpr(3))),
-            ],
-            [4, 4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
-        )
+        gl.warp_specialize([
+            (_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1))),
+            (_consumer, (call, gl.constexpr(2))), (_consumer, (call, gl.constexpr(3))),
+        ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
