@@ -16,7 +16,7 @@ from tilewise import masks
 from tilewise.masks import tensors
 from tilewise.masks.arrays import Held
 from tilewise.masks.compiler import settle
-from tilewise.masks.device import encode_on_device
+from tilewise.masks.device import dense_on_device, encode_on_device
 from tilewise.masks.tensors import TileTensors
 from waiting import never_wait
 
@@ -77,6 +77,9 @@ def check(case: Case, problem: Problem, there: bool) -> None:
         got = decode(tiles)
         got = np.broadcast_to(got.swapaxes(2, 3) if transposed else got, want.shape)
         np.testing.assert_array_equal(got, want, err_msg=f"{case.mask} in {problem}, transposed={transposed}")
+    with NeverWaits():
+        dense = dense_on_device(case.mask, frame, torch.device("cpu"))
+    np.testing.assert_array_equal(np.broadcast_to(dense.numpy(), want.shape), want, err_msg=f"{case.mask} in {problem}")
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["host-arrays", "device-arrays"])

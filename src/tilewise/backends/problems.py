@@ -20,7 +20,7 @@ from torch import Tensor
 from tilewise.backends.base import Operands
 from tilewise.errors import bad_value
 from tilewise.masks import TILE, Causal, Mask, TileMap, Window, tile_map
-from tilewise.masks.tensors import unpack
+from tilewise.masks.tensors import dense, unpack
 from tilewise.spec import AttentionSpec
 
 EVERYTHING = slice(None)
@@ -267,6 +267,5 @@ def tiled_problems(operands: Operands, spec: AttentionSpec) -> Iterator[tuple[Pr
 def allowed_pairs(problem: Problem, mask: Mask, spec: AttentionSpec) -> Tensor:
     """The whole boolean matrix of a problem, [1|B, 1|H, n, m]: for backends that hold N×M anyway."""
     n, m = problem.q.shape[2], problem.k.shape[2]
-    matrix = torch.from_numpy(mask.to_dense(n, m, offset=problem.offset, heads=spec.heads)).to(problem.q.device)
-    matrix = matrix.reshape((1,) * (4 - matrix.dim()) + matrix.shape)
+    matrix = dense(mask, n, m, device=problem.q.device, offset=problem.offset, heads=spec.heads)
     return matrix if matrix.shape[0] in (1, len(problem.indices)) else matrix[problem.indices.start :][:1]

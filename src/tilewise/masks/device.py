@@ -63,16 +63,7 @@ class Judgement(NamedTuple):
 
 def encode_on_device(mask: Mask, frame: Frame, device: torch.device, transposed: bool) -> TileTensors:
     """`mask` compiled on `device`; see the head of this file, and `TileTensors` for the form."""
-    lifted: dict[int, tuple[Any, Tensor]] = {}
-
-    def lift(array: Any) -> Tensor:
-        if id(array) not in lifted:
-            tensor = array.tensor(torch.from_numpy) if isinstance(array, Held) else torch.from_numpy(array)
-            # The array is kept too: its id is its own only while it lives.
-            lifted[id(array)] = array, tensor.to(device, non_blocking=True)
-        return lifted[id(array)][1]
-
-    site = Site(frame, device, lift)
+    site = Site(frame, device, _lift_to(device))
     n, m = (frame.m, frame.n) if transposed else (frame.n, frame.m)
     count, columns = frame.batch * frame.heads * -(-n // TILE), -(-m // TILE)
     if not count * columns:
@@ -118,6 +109,31 @@ def encode_on_device(mask: Mask, frame: Frame, device: torch.device, transposed:
         part_id.flatten().int(),
         bits,
     )
+
+
+def dense_on_device(mask: Mask, frame: Frame, device: torch.device) -> Tensor:
+    """The predicate as a matrix on `device`, bool [batch, heads, n, m]."""
+    site = Site(frame, device, _lift_to(device))
+    matrix = torch.empty(frame.batch, frame.heads, frame.n, frame.m, dtype=torch.bool, device=device)
+    step, j = max(1, _PAIRS // max(1, frame.m)), site.arange(frame.m)[None, :]
+    for b, h, first in product(range(frame.batch), range(frame.heads), range(0, frame.n, step)):
+        i = site.arange(first, min(frame.n, first + step))[:, None]
+        matrix[b, h, first : first + step] = mask.allow(Grid(torch, site.lift, frame, b, h, i, j))
+    return matrix
+
+
+def _lift_to(device: torch.device) -> Callable[[Any], Tensor]:
+    """What takes a `Held` or a NumPy array to `device`, each once."""
+    lifted: dict[int, tuple[Any, Tensor]] = {}
+
+    def lift(array: Any) -> Tensor:
+        if id(array) not in lifted:
+            tensor = array.tensor(torch.from_numpy) if isinstance(array, Held) else torch.from_numpy(array)
+            # The array is kept too: its id is its own only while it lives.
+            lifted[id(array)] = array, tensor.to(device, non_blocking=True)
+        return lifted[id(array)][1]
+
+    return lift
 
 
 def _compact(chosen: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:

@@ -198,6 +198,26 @@ def tile_map(
     return cached(_TENSORS, mask, frame, build, (str(place), transposed))
 
 
+def dense(
+    mask: Mask,
+    n: int,
+    m: int,
+    *,
+    device: torch.device | str,
+    offset: int | Sequence[int] | np.ndarray | Tensor | None = None,
+    heads: int | None = None,
+) -> Tensor:
+    """The predicate as a matrix on `device`, evaluated there: bool, always [1|B, 1|H, n, m].
+
+    Arguments and errors as of `tile_map`.
+    """
+    frame, place = settle(mask, n, m, offset, heads), torch.device(device)
+    _on_device(mask, frame, place)
+    from tilewise.masks.device import dense_on_device
+
+    return dense_on_device(mask, frame, place)
+
+
 def _on_device(mask: Mask, frame: Frame, device: torch.device) -> bool:
     """Whether the mask must be compiled on the accelerator; raises ValueError if that is another one than `device`."""
     arrays = (*mask.arrays, frame.offset) if isinstance(frame.offset, Held) else mask.arrays
