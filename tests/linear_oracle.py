@@ -153,6 +153,23 @@ def leaves_of(given: dict[str, Any]) -> dict[str, Tensor]:
     return {name: given[name].clone().requires_grad_() for name in TENSORS if isinstance(given.get(name), Tensor)}
 
 
+def cancellation(
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, ddecay: Tensor, feature_map: str, lengths: tuple[int, ...] = ()
+) -> float:
+    """How much larger than ddecay the rounding errors of its terms are, in units of one term's relative error.
+
+    ddecay_t is the sum over s ≥ t of φ(q_s)∘dφ(q_s) − φ(k_s)∘dφ(k_s), most of which cancels: what of a term is
+    rounding, and independent of the others', does not. `lengths` are those of packed sequences, if any.
+    """
+    squares = torch.zeros_like(q)
+    for x, grad in ((q, dq), (k, dk)):
+        ratio = torch.where(x > 0, x + 1, 1.0) if feature_map == "elu" else x  # φ/φ'
+        squares = squares + (ratio * grad if ddecay.dim() == 4 else (ratio * grad).sum(-1, keepdim=True)) ** 2
+    parts = squares.split(lengths, 2) if lengths else [squares]
+    later = torch.cat([part.flip(2).cumsum(2) for part in parts], 2)
+    return (later.sum().sqrt() / ddecay.norm()).item()
+
+
 class Judged:
     """A case with the oracle's results and gradients for random cotangents."""
 
@@ -171,21 +188,8 @@ class Judged:
 
     @property
     def cancellation(self) -> float:
-        """How much larger than ddecay the rounding errors of its terms are, in units of one term's relative error.
-
-        ddecay_t is the sum over s ≥ t of φ(q_s)∘dφ(q_s) − φ(k_s)∘dφ(k_s), most of which cancels: what of a term is
-        rounding, and independent of the others', does not.
-        """
-        given, squares = self.given, []
-        for name in "qk":
-            x = given[name]
-            ratio = torch.where(x > 0, x + 1, 1.0) if given["feature_map"] == "elu" else x  # φ/φ'
-            term = ratio * self.grads[name]
-            squares.append((term if given["decay"].dim() == 4 else term.sum(-1)) ** 2)
-        later = (squares[0] + squares[1]).flip(2).cumsum(2)
-        if given["decay"].dim() == 1:
-            later = later.sum((0, 2))
-        return (later.sum().sqrt() / self.grads["decay"].norm()).item()
+        given, grads = self.given, self.grads
+        return cancellation(*(x[name] for x in (given, grads) for name in "qk"), grads["decay"], given["feature_map"])
 
     def errors(self, outputs: list[Tensor], grads: dict[str, Tensor]) -> dict[str, float]:
         """Norms of the errors over norms of what is exact (at least 1e-3), by name."""

@@ -7,6 +7,7 @@ backend passes its self-test first; a backend that fails is left out with the re
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import random
@@ -39,12 +40,13 @@ TRAINING, HELD_OUT = 36, 30
 """Shapes that a fit is made from, and shapes that it is judged by."""
 CPU_DIMS, GPU_DIMS = (32, 64, 80, 128), (64, 128)
 """Head dims of those shapes; on a GPU each takes compilations of its own, which a calibration has no time for."""
-SECONDS = 40.0
+CPU_SECONDS, GPU_SECONDS = 40.0, 20.0
+"""That timing may take; on a GPU half a minute goes into compiling before."""
 _RUNS = 3
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
-_BURST, _BURST_RUNS = 5.0, 5
-"""Milliseconds that further runs in a row may take, and most of them: a call of half a millisecond on a GPU is mostly
-its host's, and one run of it differs from the next by up to 80 %."""
+_BURST, _BURST_RUNS = 5.0, 6
+"""Milliseconds that runs in a row may take, and most of them: a call of half a millisecond on a GPU is mostly its
+host's, and one run of it differs from the next by up to 80 %."""
 
 Progress = Callable[[str, float], object]
 
@@ -145,7 +147,7 @@ def calibrate(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     training: int = TRAINING,
     held_out: int = HELD_OUT,
     largest: int | None = None,
@@ -154,7 +156,8 @@ def calibrate(
     """Measures the ceilings, every backend that runs here and the dots.
 
     Args:
-        seconds: what the timing may take; at least three rounds over all shapes are run whatever it says.
+        seconds: what the timing may take, `CPU_SECONDS` or `GPU_SECONDS` unless given; at least three rounds over all
+            shapes are run whatever it says.
         largest: most scores of a shape; 2²³ on a CPU and 2²⁸ on a GPU unless given.
 
     Raises ValueError for too few training shapes.
@@ -166,10 +169,15 @@ def calibrate(
     rates = machine_rates(device, dtype)
     here = as_device(rates, device, name)
     most = largest or (2**23 if device.type == "cpu" else 2**28)
+    if seconds is None:
+        seconds = CPU_SECONDS if device.type == "cpu" else GPU_SECONDS
     shapes = random_shapes(training + held_out, dtype=name, device=here.arch, largest=most, seed=1)
     if device.type == "cuda":
-        tasks = [(spec, backend, device, dtype) for spec in (None, *shapes[::3]) for backend in ("triton", "hopper")]
-        in_processes(_once_ahead, tasks, lambda done, planned: progress(f"compiling, {done} of {planned}", 0.0))
+        in_processes(
+            _once_ahead,
+            _distinct(shapes, device, dtype),
+            lambda done, planned: progress(f"compiling, {done} of {planned}", 0.0),
+        )
     progress("testing every backend", 0.0)
     runnable = [backend for backend in BACKEND_NAMES if _runs(backend, device)]
     fits: list[Fit] = []
@@ -194,10 +202,25 @@ def calibrate(
     )
 
 
+def _distinct(
+    shapes: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype
+) -> list[tuple[AttentionSpec | None, str, torch.device, torch.dtype]]:
+    """One task for `_once_ahead` of each launch configuration that the shapes have on a backend that compiles."""
+    tasks: dict[object, tuple[AttentionSpec | None, str, torch.device, torch.dtype]] = {}
+    for backend in ("hopper", "triton"):
+        tasks[backend] = (None, backend, device, dtype)
+        for spec in shapes:
+            with contextlib.suppress(UnsupportedError):
+                choice = tilewise.explain(*stand_ins(spec, device, dtype), causal=spec.causal, backend=backend)
+                key = backend, spec.head_dim, spec.causal, str(choice.config)
+                tasks.setdefault(key, (spec, backend, device, dtype))
+    return list(tasks.values())
+
+
 def _once_ahead(spec: AttentionSpec | None, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Forward and backward, or the self-test, which leave what they compiled in the compiler's cache on disk.
 
-    A third of the shapes needs nearly all kernels. A backend that does not run here raises, which nobody looks at.
+    A backend that does not run here raises, which nobody looks at.
     """
     if spec is None:
         self_test(small_case(device), backend)
@@ -267,7 +290,6 @@ def _time_all(
         for index, spec in enumerate(shapes):
             for backend in backends:
                 call = call_of(spec, backend, direction, device, dtype)
-                call()
                 taken = _burst(call, device) / 1e3
                 if done:  # the first round loads kernels and fills caches
                     runs.setdefault((backend, index), []).append(taken)
@@ -283,10 +305,11 @@ def _time_all(
 
 
 def _burst(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of the fastest of a few runs in a row, one if it is long: what stands still a moment is left out."""
-    first = once(call, device)
-    more = min(_BURST_RUNS, int(_BURST / max(first, 1e-6)))
-    return min([first, *(once(call, device) for _ in range(more))])
+    """Milliseconds of the fastest of a few runs in a row; the first finds caches cold, but for a GPU's long call."""
+    runs = [once(call, device) for _ in range(2 if device.type == "cpu" else 1)]
+    while len(runs) < _BURST_RUNS and sum(runs) < _BURST:
+        runs.append(once(call, device))
+    return min(runs)
 
 
 def _time_left(begun: float, rounds: int, seconds: float) -> bool:

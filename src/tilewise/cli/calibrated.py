@@ -49,12 +49,12 @@ def measure_here(
         raise click.BadParameter(reason, param_hint="--calibration")
     import torch
 
-    from tilewise.bench.calibrate import SECONDS, calibrate
+    from tilewise.bench.calibrate import calibrate
 
     where = pick_device(device)
     kind = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
     with progress("calibrating") as told:
-        found = calibrate(where, kind, seconds=SECONDS if seconds is None else seconds, progress=told)
+        found = calibrate(where, kind, seconds=seconds, progress=told)
     try:
         save(found, given or default_path())
     except (OSError, RuntimeError) as problem:

@@ -135,7 +135,6 @@ REPLACED = {
     "gl": LANGUAGE, "tl": LANGUAGE, "reinterpret": reinterpret, "tma_load": tma_load, "store_wait": store_wait,
     "tma_store": tma_store, "tma_reduce_add": partial(tma_store, add=True),
     "warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": fence,
-    "pinned": lambda x: x,
     "at_most_zero": lambda x: value(np.minimum(x, 0.0), x.dtype),
     "barrier_arrive": barrier_arrive, "barrier_sync": barrier_sync,
     "mbarrier": SimpleNamespace(

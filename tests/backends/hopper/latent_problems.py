@@ -35,6 +35,8 @@ class Latent(NamedTuple):
     out: list[Tensor]
     """[H, T, 512] of each sequence, float64."""
     lse: list[Tensor]
+    largest_sum: float
+    """Of scale·Σ|q_i k_i| over all rows and keys: what the rounding of a score is measured by."""
 
 
 def make(
@@ -94,7 +96,10 @@ def make(
         page_table=table, cu_seqlens_q=ends,
     )  # fmt: skip
     exact = [_exact(*x, b, scale, causal, page, lost) for b, x in enumerate(zip(parts, sequences, strict=True))]
-    return Latent(spec, operands, [out for out, _ in exact], [lse for _, lse in exact])
+    sums = [
+        (x.double().abs() @ k.double().abs().mT).amax().item() for x, k in zip(parts, sequences, strict=True) if len(k)
+    ]
+    return Latent(spec, operands, [out for out, _ in exact], [lse for _, lse in exact], scale * max(sums, default=0.0))
 
 
 def _exact(
@@ -118,15 +123,20 @@ def _exact(
 
 
 def assert_right(problem: Latent) -> None:
-    """Out and LSE of the Hopper kernel within the rounding of P and of the result."""
+    """Out and LSE of the Hopper kernel within the rounding of P and of the result.
+
+    Tensor cores add 16 products at a time to the float32 sum and cut off what does not fit, so a score is off by up to
+    576/16 units in the last place of its Σ|q_i k_i|.
+    """
     spec, operands = problem.spec, problem.operands
     out, lse = decoding.forward(operands, decoding.plan(spec, 132), spec)
     assert out.shape == (*operands.q.shape[:3], COLUMNS)
     ends = operands.cu_seqlens_q
+    cut_off = WIDTH / 16 * 2.0**-23 * problem.largest_sum
     epsilon = 2.0**-11 if spec.dtype == "float16" else 2.0**-8
     for b, (expected, expected_lse) in enumerate(zip(problem.out, problem.lse, strict=True)):
         rows = slice(None) if ends is None else slice(int(ends[b]), int(ends[b + 1]))
         found, found_lse = out[0 if ends is not None else b][:, rows].cpu(), lse[0 if ends is not None else b][:, rows]
         largest = max(expected.abs().max().item(), 1.0)
         assert (found.double() - expected).abs().max().item() <= 3 * epsilon * largest
-        assert torch.allclose(found_lse.cpu().double(), expected_lse, rtol=1e-6, atol=1e-5)
+        assert torch.allclose(found_lse.cpu().double(), expected_lse, rtol=1e-6, atol=1e-5 + cut_off)

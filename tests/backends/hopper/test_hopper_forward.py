@@ -10,7 +10,7 @@ from hopper_cases import NAMED, assert_right, problem
 
 import tilewise
 from tilewise.backends.hopper import HOPPER
-from tilewise.backends.hopper.configs import D128, SELECTABLE, ForwardConfig
+from tilewise.backends.hopper.configs import SELECTABLE, ForwardConfig
 from tilewise.backends.hopper.launch import forward, plan
 from tilewise.backends.hopper.schedule import of_sequences
 from tilewise.masks import BigBird, Causal, Dense, Mask, PerHead, Prefix, Random, Window
@@ -78,20 +78,6 @@ def test_case(name: str, case: str) -> None:
 def test_mask(name: str, mask: str) -> None:
     value, options = MASKS[mask]
     assert_right(NAMED[name], mask=value, **options)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", [name for name, config in NAMED.items() if config.warpgroups == 2])
-def test_bits_asked_for_early(name: str, mask: str) -> None:
-    """No configuration that can be chosen does so yet."""
-    value, options = MASKS[mask]
-    assert_right(NAMED[name]._replace(early_bits=True), mask=value, **options)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("packed")])
-def test_three_stages(case: str) -> None:
-    """Nor has any of them these."""
-    assert_right(D128._replace(block_n=64, stages=3), **CASES[case])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

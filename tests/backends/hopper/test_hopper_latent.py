@@ -121,7 +121,6 @@ def test_it_spills_no_more_than_is_known(change: dict[str, Any], compiler: None)
         ({"causal": False, "window": (None, 3), "q_len": 2}, "a window"),
         ({"window": (100, None), "sink": True}, "a window and sinks"),
         ({"scale": -1.0}, "above zero"),
-        ({}, "device"),
     ],
     ids=str,
 )

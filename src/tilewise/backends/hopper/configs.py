@@ -30,9 +30,6 @@ class ForwardConfig(NamedTuple):
     """The output leaves through Q's buffer, where shared memory is short."""
     chains: int = 2
     """Independent chains of comparisons in a row maximum; 0 for the compiler's own."""
-    early_bits: bool = False
-    """Under a tile map, ask for a partial tile's bits before its scores are waited for. Compiled and emulated, not yet
-    run on a device, so no row has it."""
 
     def __str__(self) -> str:
         held = ", Q in registers" if self.q_in_registers else ""

@@ -147,7 +147,7 @@ class HopperDecode:
             return f"it does not know {' and '.join(wanted)}"
         if spec.scale < SMALLEST_SCALE:
             return "it takes row maxima before it scales, so it needs a scale above zero, and not below float32's"
-        return gluon_obstacle() or "its kernel was compiled and emulated, but has not yet run on a device"
+        return gluon_obstacle()
 
     def configure(self, spec: DecodeSpec) -> LatentPlan:
         return plan(spec)

@@ -29,7 +29,6 @@ from tilewise.backends.hopper.primitives import (
     gl,
     gluon,
     mbarrier,
-    pinned,
     record,
     store_wait,
     tensor_descriptor,
@@ -152,7 +151,6 @@ class Call:
     Q_IN_REGISTERS: gl.constexpr
     OUT_OVER_Q: gl.constexpr
     CHAINS: gl.constexpr
-    EARLY_BITS: gl.constexpr
 
 
 @gluon.jit
@@ -251,37 +249,19 @@ def _row_max(s, BLOCK_N: gl.constexpr, CHAINS: gl.constexpr):
 
 
 @gluon.jit
-def _bit_words(call, rows, key, bits, wanted, other):
-    """The bits [64, words] of the block that begins at key `key`, from bit tile `bits`; of none (−1) `other` for all.
-
-    With EARLY_BITS asked for before the scores are waited for, so that nobody waits for the memory they lie in.
-    """
-    WORDS: gl.constexpr = call.BLOCK_N // 32
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_N, 16])
-    like = gl.zeros([64, call.BLOCK_N], gl.int32, S_LAYOUT).reshape([64, WORDS, 32])
-    WORD_LAYOUT: gl.constexpr = gl.SliceLayout(2, like.type.layout)
-    words = gl.full([64, WORDS], 0, gl.int32, WORD_LAYOUT)
-    if wanted:
+def _hide(call, s, rows, key, left, right, m, bits, other):
+    """−∞ where a row may not see a key. `key` is the block's first key; `bits` its bit tile, or `other` for all."""
+    S_LAYOUT: gl.constexpr = s.type.layout
+    if call.MAP:
+        WORDS: gl.constexpr = call.BLOCK_N // 32
+        s = s.reshape([64, WORDS, 32])
+        WORD_LAYOUT: gl.constexpr = gl.SliceLayout(2, s.type.layout)
         row = gl.convert_layout(rows, gl.SliceLayout(1, WORD_LAYOUT))
         word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, WORD_LAYOUT))
         at = call.bits_ptr + bits.to(gl.int64) * (BASE_TILE * BASE_TILE // 32)
         at += (row % BASE_TILE)[:, None] * (BASE_TILE // 32) + (key % BASE_TILE // 32 + word)[None, :]
+        # Without a bit tile (−1) all keys of the block are alike.
         words = gl.load(at, mask=(bits >= 0) & (row >= 0)[:, None], other=other)
-    return words
-
-
-@gluon.jit
-def _hide(call, s, rows, key, left, right, m, bits, other, words):
-    """−∞ where a row may not see a key. `key` is the block's first key. Under a tile map `bits` is its bit tile, or
-    `other` holds for all of it; `words` are its bits, if they were asked for early."""
-    S_LAYOUT: gl.constexpr = s.type.layout
-    if call.MAP:
-        if call.EARLY_BITS:  # noqa: SIM108  (a branch on a compile-time constant is no expression of two types)
-            # Or their bits would be taken apart, and so waited for, where they were asked for.
-            words = pinned(words)
-        else:
-            words = _bit_words(call, rows, key, bits, True, other)
-        s = s.reshape([64, call.BLOCK_N // 32, 32])
         lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, s.type.layout)))
         visible = (words[:, :, None] >> lane[None, None, :]) & 1
         s = gl.where(visible != 0, s, -float("inf"))
@@ -321,9 +301,6 @@ def _step(call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m,
     `total` the rows' maxima (in log2 units) and sums so far. MASK compiles the hiding in, `masked` does it.
     """
     THREADS: gl.constexpr = 128 * (call.WARPGROUPS + 1)
-    words = 0
-    if MASK and call.MAP and call.EARLY_BITS:
-        words = _bit_words(call, rows, key, bits, masked, 0)
     v_stage = stage
     v_phase = phase
     stage, phase = next_stage(stage, phase, call.STAGES)
@@ -338,7 +315,7 @@ def _step(call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m,
     s = _capped(call, s)
     if MASK:  # noqa: SIM102  (one is a compile-time constant, the other is not)
         if masked:
-            s = _hide(call, s, rows, key, left, right, m, bits, 0, words)
+            s = _hide(call, s, rows, key, left, right, m, bits, 0)
     new_peak = gl.maximum(peak, _row_max(s, call.BLOCK_N, call.CHAINS) * call.scale_log2)
     base = new_peak
     if MASK:
@@ -446,13 +423,10 @@ def _consumer(call, W: gl.constexpr):
             mbarrier.arrive(call.q_free.index(W), count=1)
 
         # The first block has no P·V to go with.
-        words = 0
-        if call.MAP and call.EARLY_BITS:
-            words = _bit_words(call, rows, key, bits, True, everything)
         mbarrier.wait(call.k_full.index(stage), phase)
         s = warpgroup_mma_wait(0, deps=[_scores(call, q, stage)])
         barrier_arrive(K_FREE + stage, THREADS)
-        s = _hide(call, _capped(call, s), rows, key, left, right, m, bits, everything, words)
+        s = _hide(call, _capped(call, s), rows, key, left, right, m, bits, everything)
         peak = _row_max(s, BLOCK_N, call.CHAINS) * call.scale_log2
         base = gl.where(peak == -float("inf"), 0.0, peak)
         weights = gl.exp2(s * call.scale_log2 - base[:, None])
@@ -462,15 +436,8 @@ def _consumer(call, W: gl.constexpr):
 
         if call.MAP:
             # One loop with a branch: in two, LLVM would carry P from one to the other as halves of registers.
-            next_bits = bits
-            if call.EARLY_BITS:
-                next_bits = gl.load(call.part_id + part + 1 // RATIO, mask=masked > 1, other=0)
             for i in range(1, blocks):
-                if call.EARLY_BITS:
-                    bits = next_bits
-                    next_bits = gl.load(call.part_id + part + (i + 1) // RATIO, mask=i + 1 < masked, other=0)
-                else:
-                    bits = gl.load(call.part_id + part + i // RATIO, mask=i < masked, other=0)
+                bits = gl.load(call.part_id + part + i // RATIO, mask=i < masked, other=0)
                 key = (i % RATIO) * BLOCK_N
                 p, acc, peak, total, stage, phase = _step(
                     call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m, bits, i < masked, True
@@ -538,7 +505,6 @@ def attention_forward(
     ORDER: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, OFFSET: gl.constexpr,
     PACKED: gl.constexpr, MAP: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, OUT_OVER_Q: gl.constexpr, CHAINS: gl.constexpr,
-    EARLY_BITS: gl.constexpr,
 ):  # fmt: skip
     """out [B, H, N, Dv] and lse [B, H, N]; launch.py says what each argument is."""
     dtype: gl.constexpr = q_desc.dtype
@@ -576,7 +542,7 @@ def attention_forward(
         k_len, q_rows, row_tiles, tiles, programs, key_blocks, full_blocks, left, right, map_batch, map_heads,
         map_tiles, scale_log2, softcap_in, q_s, k_s, v_s, out_s, q_full, q_free, k_full, v_full, tile_s, tile_full,
         tile_free, LINE, WARPGROUPS, BLOCK_N, D, DV, STAGES, ORDER, LEFT, RIGHT, ALIGNED, OFFSET, PACKED, MAP,
-        SOFTCAP, SINK, Q_IN_REGISTERS, OUT_OVER_Q, CHAINS, EARLY_BITS,
+        SOFTCAP, SINK, Q_IN_REGISTERS, OUT_OVER_Q, CHAINS,
     )  # fmt: skip
     # Partitions are written out because a list of them must be a literal.
     if WARPGROUPS == 2:
@@ -586,12 +552,25 @@ def attention_forward(
             [REGISTERS, REGISTERS],
         )
     elif WARPGROUPS == 3:
-        gl.warp_specialize([
-            (_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1))),
-            (_consumer, (call, gl.constexpr(2))),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_producer, (call,)),
+                (_consumer, (call, gl.constexpr(0))),
+                (_consumer, (call, gl.constexpr(1))),
+                (_consumer, (call, gl.constexpr(2))),
+            ],
+            [4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS],
+        )
     else:
-        gl.warp_specialize([
-            (_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1))),
-            (_consumer, (call, gl.constexpr(2))), (_consumer, (call, gl.constexpr(3))),
-        ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_producer, (call,)),
+                (_consumer, (call, gl.constexpr(0))),
+                (_consumer, (call, gl.constexpr(1))),
+                (_consumer, (call, gl.constexpr(2))),
+                (_consumer, (call, gl.constexpr(3))),
+            ],
+            [4, 4, 4, 4],
+            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
+        )

@@ -85,7 +85,6 @@ def plan(spec: AttentionSpec, config: ForwardConfig | None = None) -> ForwardPla
         config.q_in_registers,
         config.out_over_q,
         config.chains,
-        config.early_bits,
     )
     return ForwardPlan(
         config,

@@ -40,7 +40,6 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
-    "pinned",
     "record",
     "reinterpret",
     "shared_layout",
@@ -130,12 +129,6 @@ def barrier_arrive(barrier, THREADS: gl.constexpr):
 def at_most_zero(x):
     """min(x, 0), and NaN where x is NaN, which the plain minimum would lose."""
     return gl.minimum(x, 0.0, propagate_nan=ALL_NANS)
-
-
-@gluon.jit
-def pinned(x):
-    """x, of int32, in a form that nothing can be computed from before this point."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}

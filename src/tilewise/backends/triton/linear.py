@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tilewise.backends.base import empty_ordered
 from tilewise.backends.linear import LinearGradients, LinearOperands, LinearResult
-from tilewise.backends.triton import device_obstacle, linear_configs, made_current
+from tilewise.backends.triton import device_obstacle, made_current
 from tilewise.backends.triton.launch import unit_last
 from tilewise.backends.triton.linear_configs import (
     RECURRENT_PACKED,
@@ -111,8 +111,6 @@ class TritonLinear:
         largest = largest_state(spec.device)
         if max(spec.head_dim, spec.v_head_dim) > largest:
             return f"it keeps states of up to {largest} features and value columns in registers on {spec.device}"
-        if spec.device != "cpu" and not linear_configs.proven(spec):
-            return "the kernels that this selects have not passed their test on a GPU yet"
         return device_obstacle(spec)
 
     def configure(self, spec: LinearSpec) -> LinearPlan:
