@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Unpack
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.masks import BigBird, Dense, Global, Longformer, Mask, Prefix, Window
 from tilewise.nn.attention import GroupedQueryAttention, Settings
+from tilewise.nn.few_queries import attend_tokens
 from tilewise.ops import checks
 from tilewise.ops.dense import attention
 
@@ -208,8 +208,12 @@ class LongformerAttention(SparseAttention):
         else:
             heads = self._projected(q, "global_", places, positions)
             chosen = attention(*heads, mask=mask, sink=self.sinks, **given)
-        if isinstance(places, slice):
-            return self._output(torch.cat((chosen, local[:, :, count:]), 2))
+        if not torch.is_grad_enabled():  # nobody needs the local rows again
+            local[:, :, places] = chosen
+            return self._output(local)
+        if isinstance(places, slice):  # by rows [B, N, H, Dv], as the output projection takes them
+            rows = torch.cat((chosen.transpose(1, 2), local[:, :, count:].transpose(1, 2)), 1)
+            return self._output(rows.transpose(1, 2))
         return self._output(local.index_copy(2, places, chosen))
 
     def _few_queries(self, x: Tensor, dropout: float) -> bool:
@@ -224,6 +228,7 @@ class LongformerAttention(SparseAttention):
             and self.backend == "auto"
             and dropout == 0.0
             and x.dtype == layers[0].weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
             and all(part is None for part in (self.rotary, self.k_norm, self.softcap, self.sinks))
             and all(map(_is_plain, layers))
         )
@@ -237,15 +242,14 @@ class LongformerAttention(SparseAttention):
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         k_bias, v_bias = self.global_k_proj.bias, self.global_v_proj.bias
         queries = q @ self.global_k_proj.weight.view(self.heads, self.head_dim, self.dim)
-        bias = None if k_bias is None else scale * (q @ k_bias.view(self.heads, self.head_dim, 1))
-        tokens = x[:, None]
-        out, lse = attention(
-            queries, tokens, tokens, mask=mask, bias=bias, scale=scale, backend="standard", return_lse=True
-        )
+        bias = None if k_bias is None else (scale * (q @ k_bias.view(self.heads, self.head_dim, 1))).flatten(1, 2)
+        keys = None if mask is None else mask[:, 0]
+        out = attend_tokens(queries.flatten(1, 2), x, keys, bias, scale).unflatten(1, q.shape[1:3])
         out = out @ self.global_v_proj.weight.view(self.heads, self.v_head_dim, self.dim).mT
-        if v_bias is not None:
-            out = out + v_bias.view(self.heads, 1, self.v_head_dim) * (lse > -math.inf)[..., None]
-        return out
+        if v_bias is None:
+            return out
+        v_bias = v_bias.view(self.heads, 1, self.v_head_dim)
+        return out + (v_bias if mask is None else v_bias * mask.any(-1, keepdim=True))
 
     def _projected(
         self, x: Tensor, kind: str, rows: Tensor | slice | None, positions: Tensor | None
