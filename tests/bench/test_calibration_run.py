@@ -15,7 +15,7 @@ from tilewise.cost.roofline import dot_specs
 
 
 def test_calibrating_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LEAST_ROUNDS", 1)
+    monkeypatch.setattr(module, "_LEAST_ROUNDS", {"cpu": 1})
     told: list[float] = []
     found = calibrate(
         torch.device("cpu"),

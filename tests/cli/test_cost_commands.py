@@ -273,7 +273,7 @@ def test_predict_calibrates_when_there_is_nothing_yet(
     from tilewise.bench import calibrate as module
 
     small = partial(module.calibrate, training=8, held_out=2, largest=2**15)
-    monkeypatch.setattr(module, "_LEAST_ROUNDS", 1)
+    monkeypatch.setattr(module, "_LEAST_ROUNDS", {"cpu": 1})
     monkeypatch.setattr(module, "machine_rates", lambda *_: module.MachineRates(1e11, 1e10))
     monkeypatch.setattr(module, "calibrate", lambda *a, seconds, progress: small(*a, seconds=0, progress=progress))
     file = tmp_path / "machine.json"

@@ -40,10 +40,10 @@ TRAINING, HELD_OUT = 36, 30
 """Shapes that a fit is made from, and shapes that it is judged by."""
 CPU_DIMS, GPU_DIMS = (32, 64, 80, 128), (64, 128)
 """Head dims of those shapes; on a GPU each takes compilations of its own, which a calibration has no time for."""
-CPU_SECONDS, GPU_SECONDS = 40.0, 20.0
+CPU_SECONDS, GPU_SECONDS = 40.0, 12.0
 """That timing may take; on a GPU half a minute goes into compiling before."""
 _RUNS = 3
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
+_LEAST_ROUNDS, _MOST_ROUNDS = {"cpu": 3, "cuda": 2}, 9
 _BURST, _BURST_RUNS = 5.0, 6
 """Milliseconds that runs in a row may take, and most of them: a call of half a millisecond on a GPU is mostly its
 host's, and one run of it differs from the next by up to 80 %."""
@@ -156,8 +156,8 @@ def calibrate(
     """Measures the ceilings, every backend that runs here and the dots.
 
     Args:
-        seconds: what the timing may take, `CPU_SECONDS` or `GPU_SECONDS` unless given; at least three rounds over all
-            shapes are run whatever it says.
+        seconds: what the timing may take, `CPU_SECONDS` or `GPU_SECONDS` unless given; `_LEAST_ROUNDS`
+            over all shapes are run whatever it says.
         largest: most scores of a shape; 2²³ on a CPU and 2²⁸ on a GPU unless given.
 
     Raises ValueError for too few training shapes.
@@ -286,14 +286,15 @@ def _time_all(
     runs: dict[tuple[str, int], list[float]] = {}
     begun = time.perf_counter()
     done = 0
-    while done < _LEAST_ROUNDS + 1 or (done <= _MOST_ROUNDS and _time_left(begun, done, seconds)):
+    least = _LEAST_ROUNDS[device.type] + 1
+    while done < least or (done <= _MOST_ROUNDS and _time_left(begun, done, seconds)):
         for index, spec in enumerate(shapes):
             for backend in backends:
                 call = call_of(spec, backend, direction, device, dtype)
                 taken = _burst(call, device) / 1e3
                 if done:  # the first round loads kernels and fills caches
                     runs.setdefault((backend, index), []).append(taken)
-            told(min(1.0, (done + index / len(shapes)) / (_LEAST_ROUNDS + 1)))
+            told(min(1.0, (done + index / len(shapes)) / least))
         done += 1
     return {
         backend: [

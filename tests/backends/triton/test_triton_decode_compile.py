@@ -15,6 +15,7 @@ from aot import Report, compiling, resources, unset_uniform_registers
 from compile_cases import SHARED_MEMORY
 
 from tilewise.backends.decoding import DecodeOperands
+from tilewise.backends.triton.decode_configs import choose_splits, tile_for
 from tilewise.backends.triton.decoding import TRITON_DECODE
 from tilewise.spec import DecodeSpec
 
@@ -60,9 +61,9 @@ LADEN = [
 ]
 LADEN.append(DecodeTarget(90, "bfloat16", 24, 40, features=frozenset({"narrow values"})))
 """Wide keys, narrow values, 64 rows: with two swizzles the assembler of CUDA 12.8 reads what nobody wrote."""
-SPILLS = {"int8": 72, "latent": 408}
+SPILLS = {"int8": 72, "latent": 408, "float32": 8}
 """Bytes a thread that the measured configurations may spill under Triton 3.9 (latent with pages 128 under 3.6, int8 and
-latent without pages none there); the others spill none."""
+latent without pages none there, float32 none under 3.6 and 3.7); the others spill none."""
 
 
 def compile_decode(target: DecodeTarget) -> list[Report]:
@@ -126,3 +127,20 @@ def test_loads_are_wide(page_size: int, compiler: None) -> None:
     ptx = compile_decode(DecodeTarget(90, "bfloat16", 128, page_size=page_size))[0].compiled.asm["ptx"]
     assert ptx.count("cp.async.cg.shared.global") >= 16
     assert "cp.async.ca.shared.global" not in ptx
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "page", "splits"),
+    [
+        (1, 8192, None, 16),
+        (1, 8192, 64, 16),  # 32 programs of 4 blocks a multiprocessor would be slower
+        (2, 8192, 64, 8),
+        (1, 16384, 64, 16),
+        (16, 8192, None, 1),
+        (16, 8192, 64, 2),  # two programs hide each other's look-ups
+        (1, 131072, 64, 32),
+    ],
+)
+def test_splits_fill_the_device(batch: int, tokens: int, page: int | None, splits: int) -> None:
+    spec = DecodeSpec(batch, 32, 8, 1, tokens, 128, 128, tokens, "bfloat16", "sm_90", 128**-0.5, page_size=page)
+    assert choose_splits(spec, tile_for(spec), 1, 132) == splits

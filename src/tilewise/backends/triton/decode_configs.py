@@ -18,6 +18,8 @@ class DecodeTile(NamedTuple):
     """Programs for each multiprocessor that the number of splits is chosen for."""
     registers: int = 0
     """The most that a thread may have, 0 for no limit: fewer let more programs run at once."""
+    company: int = 0
+    """Blocks that a program must have for more than one to share a multiprocessor."""
 
     def __str__(self) -> str:
         return f"{self.block_n} tokens, {self.num_warps} warps, {self.num_stages} stages"
@@ -36,9 +38,10 @@ D = 128: of 18 shapes the one that is at 0.98 to 1.01 of cuDNN's speed in all fi
 3.6.0, bf16, one query, H = 32, Hkv = 8). Other head dims have as many bytes in flight and are not measured.
 """
 
-HOPPER_PAGED = {bucket: tile._replace(resident=2) for bucket, tile in HOPPER.items()}
+HOPPER_PAGED = {bucket: tile._replace(resident=2, company=16) for bucket, tile in HOPPER.items()}
 """The same through a page table, whose look-up a second program a multiprocessor hides: 126 µs against 147 µs at
-16 × 8192 with pages of 64, 483 against 563 at 16 × 32768 (same device and day)."""
+16 × 8192 with pages of 64, 483 against 563 at 16 × 32768 (same device and day). With few tokens each the second costs
+more than it hides: 18.5 µs against 17.5 at 1 × 8192, 27.7 against 26.4 at 2 × 8192, 28.1 against 26.5 at 1 × 16384."""
 
 HOPPER_INT8 = {
     64: DecodeTile(32, 1, 3, 8),
@@ -109,11 +112,17 @@ def choose_splits(spec: DecodeSpec, tile: DecodeTile, tiles: int, multiprocessor
     """
     if spec.num_splits is not None:
         return min(spec.num_splits, MAX_SPLITS)
-    programs = spec.batch * spec.kv_heads * tiles
-    places = multiprocessors * tile.resident
     left = spec.window[0]
     visible = spec.k_len if left is None else min(spec.k_len, left + spec.q_len)
     most = max(1, min(MAX_SPLITS, visible // (4 * tile.block_n)))
+    programs = spec.batch * spec.kv_heads * tiles
+    splits = _fewest(programs, multiprocessors * tile.resident, most)
+    crowded = visible < splits * tile.company * tile.block_n
+    return _fewest(programs, multiprocessors, most) if crowded else splits
+
+
+def _fewest(programs: int, places: int, most: int) -> int:
+    """The fewest splits up to `most` that fill the last wave of places to 95 % of what any number of them does."""
 
     def fullness(splits: int) -> float:
         waves = programs * splits / places
