@@ -407,10 +407,6 @@ def _consumer(call, W: gl.constexpr):
                     masked = gl.maximum(gl.minimum(last - skipped - my_full_to, blocks - skipped), 1)
             if call.LEFT:
                 masked = gl.maximum(last - full_to + full_from - first - skipped, 1)
-            if call.PACKED:
-                # Rows that all lie behind the sequence need nothing, but one block takes the pipeline to its end.
-                skipped = gl.where(start < n, skipped, blocks - 1)
-                masked = gl.where(start < n, masked, 1)
             if call.RIGHT:
                 for _ in range(0, skipped):
                     mbarrier.wait(call.k_full.index(stage), phase)
