@@ -83,3 +83,52 @@ def test_longformer_compiled() -> None:
     expected = module(x)
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (compiled, expected)))
+
+
+def test_its_second_derivatives() -> None:
+    g = torch.Generator().manual_seed(2)
+    q, x = (torch.randn(2, n, 4, generator=g, dtype=torch.float64, requires_grad=True) for n in (2, 5))
+    mask = torch.rand(2, 1, 5, generator=g) > 0.3
+    assert torch.autograd.gradgradcheck(lambda q, x: attend_tokens(q, x, mask, None, 0.7), (q, x))
+
+
+def test_only_what_is_wanted_is_computed() -> None:
+    q, x = torch.randn(1, 2, 4), torch.randn(1, 9, 4)
+    for wanting in (q, x):
+        wanting.requires_grad_()
+        (grad,) = torch.autograd.grad(attend_tokens(q, x, None, None, 1.0).sum(), wanting)
+        assert grad.shape == wanting.shape
+        wanting.requires_grad_(requires_grad=False)
+
+
+def test_small_gradients_in_float16_keep_their_digits() -> None:
+    """dS is rounded before it is scaled: a weight is 1/N, and float16 ends at 6e-8."""
+    g = torch.Generator().manual_seed(3)
+    q, x = torch.randn(1, 4, 64, generator=g).half(), torch.randn(1, 16384, 64, generator=g).half()
+    dout = (1e-2 * torch.randn(1, 4, 64, generator=g)).half()
+    leaves = [t.clone().requires_grad_() for t in (q, x)]
+    wide = [t.double().requires_grad_() for t in (q, x)]
+    (found,) = torch.autograd.grad(attend_tokens(*leaves, None, None, 0.125), leaves[0], dout)
+    (wanted,) = torch.autograd.grad(exact(*wide, None, None, 0.125), wide[0], dout.double())
+    assert (found - wanted).norm() <= torch.finfo(torch.float16).eps * wanted.norm()
+
+
+def test_longformer_takes_meta_tensors_and_masks_of_every_shape() -> None:
+    module = tnn.LongformerAttention(32, 4, window=8, global_tokens=(0,), device="meta")
+    assert module(torch.empty(1, 200, 32, device="meta")).shape == (1, 200, 32)
+    module = tnn.LongformerAttention(32, 4, window=8, global_tokens=(0,))
+    x, mask = torch.randn(3, 40, 32), torch.rand(1, 1, 1, 40) > 0.3
+    torch.testing.assert_close(module(x, mask=mask), module(x, mask=mask.expand(3, 1, 1, 40)))
+
+
+@pytest.mark.parametrize("name", ["global_q_proj.weight", "global_k_proj.bias", "global_v_proj.bias"])
+def test_longformer_under_vmap_over_one_weight(name: str) -> None:
+    module = tnn.LongformerAttention(16, 2, window=4, global_tokens=(0,), bias=True)
+    x, weight = torch.randn(1, 20, 16), module.get_parameter(name).detach()
+    several = torch.stack([weight, 2 * weight, -weight])
+
+    def call(value: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {name: value}, (x,))
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(call)(several), torch.stack([call(value) for value in several]))

@@ -1,4 +1,4 @@
-"""What this machine attains, measured: its two ceilings in a fraction of a second, and every backend in under a minute.
+"""What this machine attains, measured: its two ceilings in a fraction of a second, and every backend in about a minute.
 
 `machine_rates` gives the roof. `calibrate` also times each backend on random shapes, fits what a unit of work costs
 (`predictor`), and measures the three dots of the roofline: standard attention, a fused kernel, and decoding. Every
@@ -205,14 +205,15 @@ def calibrate(
 def _distinct(
     shapes: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype
 ) -> list[tuple[AttentionSpec | None, str, torch.device, torch.dtype]]:
-    """One task for `_once_ahead` of each launch configuration that the shapes have on a backend that compiles."""
+    """One task for `_once_ahead` of each launch configuration that the shapes have on a backend that compiles: with a
+    last tile of keys that is full, and with one that is not."""
     tasks: dict[object, tuple[AttentionSpec | None, str, torch.device, torch.dtype]] = {}
     for backend in ("hopper", "triton"):
         tasks[backend] = (None, backend, device, dtype)
         for spec in shapes:
             with contextlib.suppress(UnsupportedError):
                 choice = tilewise.explain(*stand_ins(spec, device, dtype), causal=spec.causal, backend=backend)
-                key = backend, spec.head_dim, spec.causal, str(choice.config)
+                key = backend, spec.head_dim, spec.causal, spec.k_len % 128 == 0, str(choice.config)
                 tasks.setdefault(key, (spec, backend, device, dtype))
     return list(tasks.values())
 

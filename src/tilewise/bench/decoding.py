@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ import tilewise
 from tilewise.bench.calibrate import MachineRates, machine_rates
 from tilewise.bench.captured import in_graphs, sets_beyond_cache
 from tilewise.bench.timer import Timing
-from tilewise.caches import KV, DenseCache, Int8, Latent, PagedCache
+from tilewise.caches import KV, DenseCache, Int8, Latent
+from tilewise.ops.views import KVView
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 RANK, ROPE, LATENT_HEADS = 512, 64, 128
@@ -97,18 +98,26 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def _filled(name: str, batch: int, tokens: int, contents: tuple[Tensor, ...], device: torch.device) -> Any:
-    """A cache that holds the tokens, its pages in no order."""
-    kind = Latent(RANK, ROPE) if "latent" in name else Int8(KV_HEADS, DIM) if name == "int8" else KV(KV_HEADS, DIM)
+def _filled(name: str, batch: int, tokens: int, contents: tuple[Tensor, ...], device: torch.device) -> KVView:
+    """What holds the tokens: a cache's view, or pages of a pool that lie in no order."""
+    latent = "latent" in name
     if "pages" not in name:
-        cache: Any = DenseCache(kind, batch, tokens, dtype=DTYPE, device=device)
+        kind = Latent(RANK, ROPE) if latent else Int8(KV_HEADS, DIM) if name == "int8" else KV(KV_HEADS, DIM)
+        cache = DenseCache(kind, batch, tokens, dtype=DTYPE, device=device)
         cache.append(*contents)
-    else:
-        cache = PagedCache(kind, batch, batch * tokens // PAGE, PAGE, dtype=DTYPE, device=device)
-        for start in range(0, tokens, 16 * PAGE):  # in turns, so that sequences' pages lie among each other
-            cache.append(*(x[:, :, start : start + 16 * PAGE] for x in contents))
-    cache.expect_graphs()
-    return cache
+        return cache.view()
+    order = torch.randperm(batch * tokens // PAGE, device=device)
+    table = torch.empty_like(order)
+    table[order] = torch.arange(len(order), device=device)
+    pools = [x.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1)[order].contiguous() for x in contents]
+    return KVView(
+        pools[0],
+        None if latent else pools[1],
+        torch.full((batch,), tokens, dtype=torch.int32, device=device),
+        page_table=table.view(batch, -1).int(),
+        max_length=tokens,
+        v_dim=RANK if latent else DIM,
+    )
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

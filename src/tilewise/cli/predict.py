@@ -41,7 +41,7 @@ def predict(
     dtype: str | None,
     **problem: Any,
 ) -> int:
-    """Predict what a call takes, from a calibration of this machine (made when there is none, in under a minute).
+    """Predict what a call takes, from a calibration of this machine (made when there is none, in about a minute).
 
     The error is the calibration's own: the median over shapes that it was not fitted to. With --check the exit code is
     1 if that exceeds 25 % on a CPU or 15 % on a GPU.

@@ -33,7 +33,7 @@ HERE = "here"
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default=None, help="[default: what the device is measured in, else 16 bits]"
 )
-@click.option("--measure", is_flag=True, help="Measure this machine first (under a minute; imports PyTorch).")
+@click.option("--measure", is_flag=True, help="Measure this machine first (about a minute; imports PyTorch).")
 @calibration_option
 @report_option
 @json_option

@@ -19,7 +19,7 @@ def attend_tokens(queries: Tensor, tokens: Tensor, mask: Tensor | None, bias: Te
     Args:
         queries: [B, R, W], R rows.
         tokens: x, [B, N, W].
-        mask: boolean [B, 1, N], True = attend; a row that sees nothing gives 0.
+        mask: boolean [1|B, 1, N], True = attend; a row that sees nothing gives 0.
         bias: [B, R, 1], a number a row.
 
     Returns:
@@ -30,6 +30,8 @@ def attend_tokens(queries: Tensor, tokens: Tensor, mask: Tensor | None, bias: Te
 
 
 class _AttendTokens(torch.autograd.Function):
+    """The output and P, which is a result like it: so the backward, made of P, has derivatives too."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -37,34 +39,44 @@ class _AttendTokens(torch.autograd.Function):
         queries: Tensor, tokens: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(tokens.device.type, enabled=False):
-            s = _product(queries, tokens.mT).mul_(scale)
+            s = _product(queries, tokens.mT) * scale
             if bias is not None:
-                s += bias
+                s = s + bias
             if mask is not None:
-                s.masked_fill_(~mask, -math.inf)
+                s = s.masked_fill(~mask, -math.inf)
             p = torch.softmax(s, -1)
             if mask is not None:
-                p.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
+                p = p.masked_fill(~mask.any(-1, keepdim=True), 0.0)
             return torch.bmm(p.to(tokens.dtype), tokens), p
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        queries, tokens, _, bias, ctx.scale = inputs
-        ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(output[1])
+        queries, tokens, _, _, ctx.scale = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(queries, tokens, output[1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        dout, (queries, tokens, p) = grad_outputs[0], ctx.saved_tensors
+        dout, dp = grad_outputs
+        if dout is None and dp is None:
+            return None, None, None, None, None
+        queries, tokens, p = ctx.saved_tensors
+        wants_queries, wants_tokens, _, wants_bias, _ = ctx.needs_input_grad
+        dqueries = dtokens = None
         with torch.autocast(tokens.device.type, enabled=False):
-            dp = _product(dout, tokens.mT)
-            ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
-            dbias = ds.sum(-1, keepdim=True).to(queries.dtype) if ctx.has_bias else None
-            ds = ds.mul_(ctx.scale).to(tokens.dtype)
-            dqueries = torch.bmm(ds, tokens)
-            rows = torch.cat((ds, p.to(tokens.dtype)), 1)
-            dtokens = torch.bmm(rows.mT, torch.cat((queries, dout), 1))
+            if dout is not None:
+                through_out = _product(dout, tokens.mT)
+                dp = through_out if dp is None else through_out + dp
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+            dbias = ds.sum(-1, keepdim=True).to(queries.dtype) if wants_bias else None
+            ds = ds.to(tokens.dtype)
+            if wants_queries:
+                dqueries = torch.bmm(ds, tokens) * ctx.scale
+            if wants_tokens:
+                weights, rows = ds, queries * ctx.scale
+                if dout is not None:
+                    weights, rows = torch.cat((ds, p.to(tokens.dtype)), 1), torch.cat((rows, dout), 1)
+                dtokens = torch.bmm(weights.mT, rows)
         return dqueries, dtokens, None, dbias, None
 
 

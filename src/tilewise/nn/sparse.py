@@ -208,9 +208,6 @@ class LongformerAttention(SparseAttention):
         else:
             heads = self._projected(q, "global_", places, positions)
             chosen = attention(*heads, mask=mask, sink=self.sinks, **given)
-        if not torch.is_grad_enabled():  # nobody needs the local rows again
-            local[:, :, places] = chosen
-            return self._output(local)
         if isinstance(places, slice):  # by rows [B, N, H, Dv], as the output projection takes them
             rows = torch.cat((chosen.transpose(1, 2), local[:, :, count:].transpose(1, 2)), 1)
             return self._output(rows.transpose(1, 2))
@@ -228,7 +225,7 @@ class LongformerAttention(SparseAttention):
             and self.backend == "auto"
             and dropout == 0.0
             and x.dtype == layers[0].weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and not (x.is_meta or torch.is_autocast_enabled(x.device.type))
             and all(part is None for part in (self.rotary, self.k_norm, self.softcap, self.sinks))
             and all(map(_is_plain, layers))
         )
@@ -243,13 +240,13 @@ class LongformerAttention(SparseAttention):
         k_bias, v_bias = self.global_k_proj.bias, self.global_v_proj.bias
         queries = q @ self.global_k_proj.weight.view(self.heads, self.head_dim, self.dim)
         bias = None if k_bias is None else (scale * (q @ k_bias.view(self.heads, self.head_dim, 1))).flatten(1, 2)
-        keys = None if mask is None else mask[:, 0]
+        keys = None if mask is None else mask[:, 0].to(x.device, non_blocking=True)
         out = attend_tokens(queries.flatten(1, 2), x, keys, bias, scale).unflatten(1, q.shape[1:3])
         out = out @ self.global_v_proj.weight.view(self.heads, self.v_head_dim, self.dim).mT
         if v_bias is None:
             return out
         v_bias = v_bias.view(self.heads, 1, self.v_head_dim)
-        return out + (v_bias if mask is None else v_bias * mask.any(-1, keepdim=True))
+        return out + (v_bias if keys is None else v_bias * keys[:, None].any(-1, keepdim=True))
 
     def _projected(
         self, x: Tensor, kind: str, rows: Tensor | slice | None, positions: Tensor | None

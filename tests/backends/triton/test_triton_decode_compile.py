@@ -15,7 +15,7 @@ from aot import Report, compiling, resources, unset_uniform_registers
 from compile_cases import SHARED_MEMORY
 
 from tilewise.backends.decoding import DecodeOperands
-from tilewise.backends.triton.decode_configs import choose_splits, tile_for
+from tilewise.backends.triton.decode_configs import DecodeTile, choose_splits, tile_for
 from tilewise.backends.triton.decoding import TRITON_DECODE
 from tilewise.spec import DecodeSpec
 
@@ -144,3 +144,11 @@ def test_loads_are_wide(page_size: int, compiler: None) -> None:
 def test_splits_fill_the_device(batch: int, tokens: int, page: int | None, splits: int) -> None:
     spec = DecodeSpec(batch, 32, 8, 1, tokens, 128, 128, tokens, "bfloat16", "sm_90", 128**-0.5, page_size=page)
     assert choose_splits(spec, tile_for(spec), 1, 132) == splits
+
+
+def test_programs_without_company_are_never_more() -> None:
+    tile = DecodeTile(64, 4, 4, resident=2, company=16)
+    for batch in range(1, 40):
+        for tokens in (64, 300, 1024, 2048, 2752, 4800, 16384):
+            spec = DecodeSpec(batch, 8, 8, 1, tokens, 128, 128, tokens, "bfloat16", "sm_90", 0.1, page_size=64)
+            assert choose_splits(spec, tile, 1, 132) <= choose_splits(spec, tile._replace(company=0), 1, 132)

@@ -118,7 +118,7 @@ def choose_splits(spec: DecodeSpec, tile: DecodeTile, tiles: int, multiprocessor
     programs = spec.batch * spec.kv_heads * tiles
     splits = _fewest(programs, multiprocessors * tile.resident, most)
     crowded = visible < splits * tile.company * tile.block_n
-    return _fewest(programs, multiprocessors, most) if crowded else splits
+    return min(splits, _fewest(programs, multiprocessors, most)) if crowded else splits
 
 
 def _fewest(programs: int, places: int, most: int) -> int:
