@@ -7,6 +7,8 @@ tensors, the spec and its own config; it never sees modules, masks as objects or
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -103,11 +105,19 @@ def ordered_strides(x: Tensor, last: int) -> tuple[int, ...]:
     So an output or gradient of a [B, S, H, D] caller's transposed view is contiguous again for that caller. Expanded
     dims (stride 0) come outermost, as in a contiguous tensor.
     """
-    strides, step = [0, 0, 0, 1], last
-    for dim in sorted(range(3), key=lambda d: (x.stride(d) or math.inf, -d)):
-        strides[dim] = step
-        step *= max(1, x.shape[dim])
-    return tuple(strides)
+    try:
+        return _strides_in_order(x.shape[:3], x.stride()[:3], last)
+    except TypeError:  # the symbols of a traced shape cannot be looked up
+        return _strides_in_order.__wrapped__(x.shape[:3], x.stride()[:3], last)
+
+
+@lru_cache(maxsize=4096)
+def _strides_in_order(sizes: Sequence[int], strides: Sequence[int], last: int) -> tuple[int, ...]:
+    found, step = [0, 0, 0, 1], last
+    for dim in sorted(range(3), key=lambda d: (strides[d] or math.inf, -d)):
+        found[dim] = step
+        step *= max(1, sizes[dim])
+    return tuple(found)
 
 
 def empty_ordered(x: Tensor, last: int) -> Tensor:
