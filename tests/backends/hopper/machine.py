@@ -6,6 +6,8 @@ What a warp-specialised kernel can get wrong beside its arithmetic raises Assert
   later; a store is read some time later, and until then nobody may write there; a product's operands must not change
   until it has been waited for, and its result cannot be used before;
 - what ordinary stores wrote must be fenced before the copy engine or the tensor cores read it;
+- a load into registers may still be under way when a copy into the buffer is asked for, and gives NaN then, unless a
+  fence or a product that used it was waited for before (an arrival at a barrier waits for no load);
 - barriers count arrivals, a hardware barrier each warpgroup once a round; where all wait, it says who for what;
 - a descriptor's addresses are taken modulo 2⁶⁴, and every access must lie inside the tensor's storage.
 
@@ -19,6 +21,7 @@ import heapq
 import itertools
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -166,12 +169,13 @@ class Scheduler:
 
 
 class Warpgroup:
-    """What one warpgroup has under way: products, stores that still read, and writes that are not fenced."""
+    """What one warpgroup has under way: products, stores that still read, writes that are not fenced, and loads."""
 
     def __init__(self) -> None:
         self.products: list[Product] = []
         self.stores: list[Shared] = []
         self.dirty: list[np.ndarray] = []
+        self.loads: list[tuple[np.ndarray, weakref.ref[Value]]] = []
 
 
 class Shared:
@@ -194,11 +198,12 @@ class Shared:
         return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)])
 
     def load(self, _layout: Any) -> Any:
-        if self.order is None:
-            return value(self.data.copy())
-        found = np.empty(self.data.size, self.dtype)
-        found[self.order] = self.data.reshape(-1)
-        return value(found.reshape(self.data.shape))
+        found = self.data.copy()
+        if self.order is not None:
+            found.reshape(-1)[self.order] = self.data.reshape(-1)
+        found = value(found)
+        HERE.own.loads.append((self.data, weakref.ref(found)))
+        return found
 
     def store(self, x: Any) -> None:
         assert x.dtype == self.dtype
@@ -229,11 +234,21 @@ def nobody_reads(data: np.ndarray) -> None:
             assert not np.may_share_memory(buffer.data, data), "a buffer is written that a copy still reads"
 
 
+def overtake_loads(data: np.ndarray) -> None:
+    for warpgroup in CTA.warpgroups:
+        warpgroup.loads = [(source, found) for source, found in warpgroup.loads if found() is not None]
+        for source, found in warpgroup.loads:
+            if np.may_share_memory(source, data):
+                found()[...], found().overtaken = np.nan, True
+
+
 class Product:
     """An asynchronous matrix product."""
 
     def __init__(self, a: Any, b: Shared, acc: Any, use_acc: bool) -> None:
         visible_to_async(a, b)
+        assert not getattr(a, "overtaken", False), "a copy overtook a load that nobody had waited for"
+        self.left = a
         self.operands = [x.data for x in (a, b) if isinstance(x, Shared)]
         self.seen = [x.copy() for x in self.operands]
         left, right = (np.asarray(x.data if isinstance(x, Shared) else x, np.float32) for x in (a, b))
@@ -258,7 +273,9 @@ def warpgroup_mma_wait(pending: int, deps: list[Any]) -> Any:
     CTA.scheduler.step()
     under_way = HERE.own.products
     while len(under_way) > pending:
-        under_way.pop(0).finish()
+        product = under_way.pop(0)
+        product.finish()
+        HERE.own.loads = [(source, found) for source, found in HERE.own.loads if found() is not product.left]
     assert not any(x is product for x in deps for product in under_way), "a product is used before it is done"
     found = [x.result if isinstance(x, Product) else x for x in deps]
     return found[0] if len(found) == 1 else tuple(found)
@@ -267,10 +284,12 @@ def warpgroup_mma_wait(pending: int, deps: list[Any]) -> Any:
 def fence() -> None:
     if hasattr(HERE, "own"):
         HERE.own.dirty.clear()
+        HERE.own.loads.clear()
 
 
 def tma_load(descriptor: Descriptor, place: Any, barrier: Barrier, buffer: Shared) -> None:
     nobody_reads(buffer.data)
+    overtake_loads(buffer.data)
     buffer.data[...] = np.nan
 
     def copy() -> None:

@@ -2,7 +2,7 @@
 
     python tests/backends/hopper/stress_forward.py [SECONDS]
 
-Every problem runs three times; out and LSE must be equal bit by bit and within budget. Run it under a timeout: a hang
+Every problem runs 21 times; out and LSE must be equal bit by bit and within budget. Run it under a timeout: a hang
 is a failure that cannot report itself. The line before it names the problem.
 """
 
@@ -62,10 +62,13 @@ def main(seconds: float) -> None:
         operands, spec = problem(NAMED[name], **options)
         prepared = plan(spec, NAMED[name])
         first = forward(operands, spec, prepared)
-        for _ in range(2):
+        differ = torch.zeros((), dtype=torch.bool, device="cuda")
+        for _ in range(20):
             again = forward(operands, spec, prepared)
-            if not all(torch.equal(x, y) for x, y in zip(first, again, strict=True)):
-                sys.exit("wrong: not the same bits twice")
+            for x, y in zip(first, again, strict=True):
+                differ |= (x != y).any()
+        if differ.item():
+            sys.exit("wrong: not the same bits every time")
         count += 1
     print(f"{count} problems, none wrong")  # noqa: T201
 

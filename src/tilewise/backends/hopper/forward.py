@@ -44,6 +44,7 @@ from tilewise.backends.hopper.walk import (
     block_at,
     claim_tile,
     decode_tile,
+    draw_ticket,
     geometry,
     map_row,
     next_stage,
@@ -185,48 +186,57 @@ def _load_block(call, of_keys, key, begins, of_rows, row, count, stage, phase, l
 @gluon.jit
 def _producer(call):
     """Ask for the blocks of one tile after another, in the order in which the consumers take them."""
+    RATIO: gl.constexpr = BASE_TILE // call.BLOCK_N
     stage = 0
     phase = 0
     loaded = 0
     count = 0
-    tile = claim_tile(call, 0)
+    tile = claim_tile(call, 0, gl.program_id(0))
     while tile >= 0:
-        next_tile = claim_tile(call, count + 1)
+        ticket = draw_ticket(call)
+        next_tile = -1
+        if call.ORDER != QUEUED:
+            next_tile = claim_tile(call, count + 1, ticket)
         b, h, start = decode_tile(call, tile)
         batch, first_q, n, first_k, m, left, right = geometry(call, b)
         of_keys = (batch, h // call.group, first_k, m)
         of_rows = (batch, h, first_q, n)
+        first = 0
+        full_from = 0
+        full_to = 0
+        last = 0
+        part = 0
+        parts = 0
+        entry = 0
+        block = 0
+        stop = 0
         if call.MAP:
             # Partial tiles, then the runs of full ones; block 0 if there are none, as a tile visits at least one.
             row, parts, fulls = map_row(call, b, h, start)
-            ratio: gl.constexpr = BASE_TILE // call.BLOCK_N
             part = gl.load(call.part_begin + row)
-            for i in range(0, gl.maximum(parts, 1 - gl.minimum(fulls, 1))):
-                base = gl.load(call.part_col + part + i // ratio, mask=parts > 0, other=0)
-                key = base * BASE_TILE + (i % ratio) * call.BLOCK_N
-                stage, phase, loaded = _load_block(
-                    call, of_keys, key, i == 0, of_rows, start, count, stage, phase, loaded
-                )
             entry = gl.load(call.run_begin + row)
-            block = gl.load(call.run_start + entry, mask=fulls > 0, other=0) * ratio
-            stop = gl.load(call.run_stop + entry, mask=fulls > 0, other=0) * ratio
-            for i in range(0, fulls):
-                stage, phase, loaded = _load_block(
-                    call, of_keys, block * call.BLOCK_N, (i == 0) & (parts == 0), of_rows, start, count, stage, phase,
-                    loaded,
-                )  # fmt: skip
-                block += 1
-                next_run = (block >= stop) & (i + 1 < fulls)
-                entry += next_run.to(gl.int32)
-                block = gl.where(next_run, gl.load(call.run_start + entry, mask=next_run, other=0) * ratio, block)
-                stop = gl.where(next_run, gl.load(call.run_stop + entry, mask=next_run, other=0) * ratio, stop)
+            block = gl.load(call.run_start + entry, mask=fulls > 0, other=0) * RATIO
+            stop = gl.load(call.run_stop + entry, mask=fulls > 0, other=0) * RATIO
+            blocks = gl.maximum(parts + fulls, 1)
         else:
             first, full_from, full_to, last = visited_blocks(call, start, start + 64 * call.WARPGROUPS, left, right, m)
-            for i in range(0, last - first):
+            blocks = last - first
+        for i in range(0, blocks):
+            if call.MAP:
+                base = gl.load(call.part_col + part + i // RATIO, mask=i < parts, other=0)
+                key = gl.where(i < parts, base * BASE_TILE + (i % RATIO) * call.BLOCK_N, block * call.BLOCK_N)
+                block += (i >= parts).to(gl.int32)
+                next_run = (block >= stop) & (i >= parts) & (i + 1 < blocks)
+                entry += next_run.to(gl.int32)
+                block = gl.where(next_run, gl.load(call.run_start + entry, mask=next_run, other=0) * RATIO, block)
+                stop = gl.where(next_run, gl.load(call.run_stop + entry, mask=next_run, other=0) * RATIO, stop)
+            else:
                 key = block_at(call, i, first, full_from, full_to, last) * call.BLOCK_N
-                stage, phase, loaded = _load_block(
-                    call, of_keys, key, i == 0, of_rows, start, count, stage, phase, loaded
-                )
+            stage, phase, loaded = _load_block(call, of_keys, key, i == 0, of_rows, start, count, stage, phase, loaded)
+            if call.ORDER == QUEUED:  # noqa: SIM102  (one is a compile-time constant, the other is not)
+                # With every buffer asked for there is time to look up what comes next.
+                if i == gl.minimum(call.STAGES, blocks) - 1:
+                    next_tile = claim_tile(call, count + 1, ticket)
         tile = next_tile
         count += 1
 
@@ -407,6 +417,10 @@ def _consumer(call, W: gl.constexpr):
                     masked = gl.maximum(gl.minimum(last - skipped - my_full_to, blocks - skipped), 1)
             if call.LEFT:
                 masked = gl.maximum(last - full_to + full_from - first - skipped, 1)
+            if call.PACKED:
+                # Rows that all lie behind the sequence need nothing, but one block takes the pipeline to its end.
+                skipped = gl.where(start < n, skipped, blocks - 1)
+                masked = gl.where(start < n, masked, 1)
             if call.RIGHT:
                 for _ in range(0, skipped):
                     mbarrier.wait(call.k_full.index(stage), phase)
@@ -420,6 +434,9 @@ def _consumer(call, W: gl.constexpr):
         q = call.q_s.index(W).reshape([64, call.D])
         if call.Q_IN_REGISTERS:
             q = q.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            # An arrival does not wait for loads, and the next tile's copy may overtake them: past the end it is of
+            # zeros, which nobody has to fetch.
+            fence_async_shared()
             mbarrier.arrive(call.q_free.index(W), count=1)
 
         # The first block has no P·V to go with.

@@ -128,22 +128,29 @@ def map_row(call, b, h, start):
 
 
 @gluon.jit
-def claim_tile(call, count):
-    """The producer's next tile: with a queue, the first that nobody has taken.
+def draw_ticket(call):
+    """The next place in the queue; `claim_tile` says what lies there. 0 without a queue."""
+    ticket = 0
+    if call.ORDER == QUEUED:
+        ticket = call.programs + gl.atomic_add(call.queue_ptr, 1)
+    return ticket
 
-    It is claimed one tile ahead, and what the consumers must know of it is left in shared memory for `told_tile`, so
-    that neither the atomic's nor the look-ups' latency is on the path of a load or a product: the head (−1 behind the
-    last tile) and first row; of a map the sequence, its first partial tile and how many partial and full blocks; of
+
+@gluon.jit
+def claim_tile(call, count, ticket):
+    """The producer's tile `count`: with a queue, the one at place `ticket`.
+
+    The producer draws the next tile's ticket when it begins one and looks up what lies there once it has asked for the
+    first blocks; and what the consumers must know of it is left in shared memory for `told_tile`. So neither the
+    atomic's nor the look-ups' latency is on the path of a load or a product. What they are told: the head (−1 behind
+    the last tile) and first row; of a map the sequence, its first partial tile and how many partial and full blocks; of
     packed sequences the first token, rows, keys and offset.
     """
     if call.ORDER == QUEUED:
-        index = gl.program_id(0)
-        if count > 0:
-            index = call.programs + gl.atomic_add(call.queue_ptr, 1)
         total = gl.load(call.sched_ptr)
         if call.PACKED:
             total *= call.heads
-        tile = gl.where(index < total, index, -1)
+        tile = gl.where(ticket < total, ticket, -1)
         b, h, start = decode_tile(call, gl.maximum(tile, 0))
         if call.MAP:
             row, parts, fulls = map_row(call, b, h, start)
