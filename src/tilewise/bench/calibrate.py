@@ -40,11 +40,13 @@ TRAINING, HELD_OUT = 36, 30
 """Shapes that a fit is made from, and shapes that it is judged by."""
 CPU_DIMS, GPU_DIMS = (32, 64, 80, 128), (64, 128)
 """Head dims of those shapes; on a GPU each takes compilations of its own, which a calibration has no time for."""
-CPU_SECONDS, GPU_SECONDS = 40.0, 12.0
-"""That timing may take; on a GPU half a minute goes into compiling before."""
+CPU_SECONDS, GPU_SECONDS = 40.0, 33.0
+"""That timing may take, on a GPU after 20 seconds of compiling."""
+_SHARES = {"forward": 1 / 3, "backward": 2 / 3}
+"""Of that time. A backward's host work goes through more threads, and its repeats differ more."""
 _RUNS = 3
 _LEAST_ROUNDS, _MOST_ROUNDS = {"cpu": 3, "cuda": 2}, 9
-_BURST, _BURST_RUNS = 5.0, 6
+_BURST, _BURST_RUNS = 5.0, 12
 """Milliseconds that runs in a row may take, and most of them: a call of half a millisecond on a GPU is mostly its
 host's, and one run of it differs from the next by up to 80 %."""
 
@@ -125,11 +127,11 @@ def _least(call: Callable[[], object], device: torch.device) -> float:
 
 
 def random_shapes(count: int, *, dtype: str, device: str, largest: int, seed: int) -> list[AttentionSpec]:
-    """Self-attention problems of every size up to `largest` scores, lengths mostly odd, a third of them causal."""
+    """Self-attention problems of every size up to `largest` scores, lengths odd, a third of them causal."""
     draw = random.Random(seed)
     shapes: list[AttentionSpec] = []
     while len(shapes) < count:
-        length = round(2 ** draw.uniform(6, 14 if device != "cpu" else 11))
+        length = round(2 ** draw.uniform(6, 14 if device != "cpu" else 11)) | 1
         spec = self_attention(
             length,
             draw.choice(CPU_DIMS if device == "cpu" else GPU_DIMS),
@@ -182,12 +184,12 @@ def calibrate(
     runnable = [backend for backend in BACKEND_NAMES if _runs(backend, device)]
     fits: list[Fit] = []
     for index, direction in enumerate(PASSES):
-        share = 0.5 * index
+        before = sum(list(_SHARES.values())[:index])
 
-        def told(done: float, direction: Pass = direction, share: float = share) -> None:
-            progress(f"timing every backend, {direction}", share + 0.5 * done)
+        def told(done: float, direction: Pass = direction, before: float = before) -> None:
+            progress(f"timing every backend, {direction}", before + _SHARES[direction] * done)
 
-        samples = _time_all(shapes, runnable, direction, device, dtype, seconds / 2, told)
+        samples = _time_all(shapes, runnable, direction, device, dtype, seconds * _SHARES[direction], told)
         for backend, of_backend in samples.items():
             fits.append(fit(backend, direction, name, of_backend[:training], of_backend[training:], here))
     rates = rates.or_better(machine_rates(device, dtype))
@@ -205,15 +207,15 @@ def calibrate(
 def _distinct(
     shapes: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype
 ) -> list[tuple[AttentionSpec | None, str, torch.device, torch.dtype]]:
-    """One task for `_once_ahead` of each launch configuration that the shapes have on a backend that compiles: with a
-    last tile of keys that is full, and with one that is not."""
+    """One task for `_once_ahead` of each launch configuration that the shapes have on a backend that compiles, with and
+    without the copy engine."""
     tasks: dict[object, tuple[AttentionSpec | None, str, torch.device, torch.dtype]] = {}
     for backend in ("hopper", "triton"):
         tasks[backend] = (None, backend, device, dtype)
         for spec in shapes:
             with contextlib.suppress(UnsupportedError):
                 choice = tilewise.explain(*stand_ins(spec, device, dtype), causal=spec.causal, backend=backend)
-                key = backend, spec.head_dim, spec.causal, spec.k_len % 128 == 0, str(choice.config)
+                key = backend, spec.head_dim, spec.causal, getattr(choice.config, "tma", True), str(choice.config)
                 tasks.setdefault(key, (spec, backend, device, dtype))
     return list(tasks.values())
 
@@ -283,19 +285,24 @@ def _time_all(
     seconds: float,
     told: Callable[[float], object],
 ) -> dict[str, list[Sample]]:
-    """Rounds over all shapes and backends, so that a busy moment hits all alike; the least of all rounds counts."""
+    """Rounds over all shapes and backends, so that a busy moment hits all alike; the least of all rounds counts.
+
+    The order is drawn anew for each round: in one order, where those that a fit is made from come first, a host that is
+    slow for seconds makes the others look slower in every round.
+    """
     runs: dict[tuple[str, int], list[float]] = {}
+    draw = random.Random(0)
     begun = time.perf_counter()
     done = 0
     least = _LEAST_ROUNDS[device.type] + 1
     while done < least or (done <= _MOST_ROUNDS and _time_left(begun, done, seconds)):
-        for index, spec in enumerate(shapes):
+        for turn, index in enumerate(draw.sample(range(len(shapes)), len(shapes))):
             for backend in backends:
-                call = call_of(spec, backend, direction, device, dtype)
+                call = call_of(shapes[index], backend, direction, device, dtype)
                 taken = _burst(call, device) / 1e3
                 if done:  # the first round loads kernels and fills caches
                     runs.setdefault((backend, index), []).append(taken)
-            told(min(1.0, (done + index / len(shapes)) / least))
+            told(min(1.0, (done + turn / len(shapes)) / least))
         done += 1
     return {
         backend: [

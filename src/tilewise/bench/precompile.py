@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tilewise.bench.environment import usable_cores
 from tilewise.bench.peers import by_name, compiler_settings
 from tilewise.bench.suites import Case
 from tilewise.bench.workload import Workload
@@ -42,7 +42,7 @@ def in_processes(
     after_each: Callable[[int, int], object] = lambda done, planned: None,
 ) -> list[BaseException | None]:
     """Runs `call` on every task, each in whichever process is free, and returns what each of them raised."""
-    workers = max(1, min(len(tasks), (os.cpu_count() or 2) * 3 // 4))
+    workers = max(1, min(len(tasks), usable_cores()))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin) as pool:
         started = [pool.submit(call, *task) for task in tasks]

@@ -112,8 +112,8 @@ def backward(
     dv = torch.empty_like(v) if needs.v else None
     if prepared.batch * prepared.q_len == 0 or prepared.batch * prepared.k_len == 0:
         return _nothing(operands, dlse, needs)
-    statistics = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
-    lse2, delta = statistics[0], statistics[1]
+    # Two tensors, as half of one is aligned for some lengths and not for others, and each way is compiled.
+    lse2, delta = (torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(2))
     rows = 32 if prepared.flags["BLOCK_DV"] <= 256 else 16
     row_statistics[(-(-prepared.q_len // rows) * prepared.heads * prepared.batch,)](
         out,
