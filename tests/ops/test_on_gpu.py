@@ -65,6 +65,24 @@ def test_a_call_can_be_captured() -> None:
         torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_offsets_under_a_mask_may_change_between_replays(backend: str) -> None:
+    q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.bfloat16)
+    offset = torch.zeros(1, device="cuda", dtype=torch.int32)
+
+    def call() -> torch.Tensor:
+        return tilewise.attention(q, q, q, mask=tilewise.masks.Window(20, 0), q_offset=offset, backend=backend)
+
+    first = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    offset.fill_(150)
+    graph.replay()
+    assert torch.equal(out, call())
+    assert not torch.equal(out, first)
+
+
 def attend(q: torch.Tensor, backend: str) -> torch.Tensor:
     return tilewise.attention(q, q, q, causal=True, backend=backend)
 

@@ -27,6 +27,7 @@ from tilewise.masks.frame import Frame
 from tilewise.masks.sets import Dense
 from tilewise.masks.tilemap import TileMap
 from tilewise.masks.tiles import FromTiles
+from tilewise.resident import capturing, from_host, used
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -115,9 +116,10 @@ class TileTensors(NamedTuple):
 
 def to_tensors(tiles: TileMap, device: torch.device | str = "cpu") -> TileTensors:
     """A NumPy tile map as tensors on a device; on the CPU they share its memory."""
+    place = torch.device(device)
 
     def on(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.view(np.int32)).to(device, non_blocking=True)
+        return from_host(torch.from_numpy(array.view(np.int32)), place, "the mask's tile map")
 
     run_ptr, part_ptr = on(tiles.run_ptr), on(tiles.part_ptr)
     return TileTensors(
@@ -195,7 +197,9 @@ def tile_map(
         tiles = compile_map(mask, n, m, offset=frame.offset, heads=heads)
         return to_tensors(tiles.transpose() if transposed else tiles, place)
 
-    return cached(_TENSORS, mask, frame, build, (str(place), transposed))
+    if there and capturing(place):
+        return build()  # a part of the graph, and there when it has run
+    return used(cached(_TENSORS, mask, frame, build, (str(place), transposed)), place)
 
 
 def dense(

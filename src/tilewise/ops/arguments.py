@@ -14,6 +14,7 @@ from tilewise.masks.tensors import pack
 from tilewise.ops import checks
 from tilewise.ops.biases import Relative
 from tilewise.ops.dispatch import check_name
+from tilewise.resident import capturing
 from tilewise.spec import AttentionSpec, Window
 
 DENSE_TENSOR = "dense($0)"
@@ -88,13 +89,15 @@ class Arguments(NamedTuple):
     backend: str
 
     def operands(self) -> Operands:
-        tensors = self.mask_tensors
-        if tensors and (self.traced or (self.q.is_cuda and torch.cuda.is_current_stream_capturing())):
+        tensors, q_offset = self.mask_tensors, self.q_offset
+        if self.mask is not None and (self.traced or capturing(self.q.device)):
             # Tile maps are cached by the identity of such a tensor; a copy has one of its own.
-            tensors = [tensor.clone() for tensor in tensors]
+            tensors = [x.clone() if self.traced or x.is_cuda else x for x in tensors]
+            q_offset = None if q_offset is None else q_offset.clone()
         # Kernels step through the small operands without strides: slices and expanded values are copied.
-        small = (x if x is None or x.is_contiguous() else x.contiguous() for x in self[4:11])
-        return Operands(*self[:4], *small, mask_tensors=tuple(tensors))
+        small = (*self[4:7], q_offset, *self[8:11])
+        dense = (x if x is None or x.is_contiguous() else x.contiguous() for x in small)
+        return Operands(*self[:4], *dense, mask_tensors=tuple(tensors))
 
     def seeded(self) -> Arguments:
         """With the dropout seed drawn from PyTorch's generator, if there is dropout."""

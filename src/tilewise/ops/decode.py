@@ -25,6 +25,7 @@ from tilewise.ops.arguments import _device_name, _unit_stride, autocast
 from tilewise.ops.dispatch import Plan, check_name, choose
 from tilewise.ops.library import one_by_one, readable
 from tilewise.ops.views import KVView, Viewed
+from tilewise.resident import used
 from tilewise.spec import DecodeSpec, Window
 
 
@@ -438,7 +439,7 @@ def _tree(mask: Mask | Tensor, q: Tensor, batch: int, q_len: int, packed: bool) 
         if torch.compiler.is_compiling():
             return _paths(parents, q_len, q.device)
         matrix = _tree_matrix if readable(parents) else _tree_matrix.__wrapped__  # a tracer's tensors are not kept
-        return matrix(mask, q_len, q.device)
+        return used(matrix(mask, q_len, q.device), q.device)
     if isinstance(mask, Mask):
         raise UnsupportedError(
             f"mask: decoding takes masks.Tree or a boolean [T, T] tensor over the last T tokens, not {mask}. "

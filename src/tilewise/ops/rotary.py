@@ -24,6 +24,7 @@ from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.ops import checks, rotary_scaling
 from tilewise.ops.library import apply_function, below_autograd
 from tilewise.ops.rotary_scaling import Scaling
+from tilewise.resident import used
 
 _ARGUMENTS = (
     "Tensor? positions, Tensor? offsets, Tensor? cu_seqlens, SymInt offset, SymInt dim, float base, str scaling, "
@@ -188,7 +189,7 @@ def _run(x: Tensor, out: Tensor, arguments: tuple[Any, ...]) -> None:
     if cu_seqlens is not None and positions is None:
         positions, offsets = packed_positions(cu_seqlens, x.shape[2], offsets, offset), None
     place = Place(positions, offsets, offset)
-    turns = _turns(dim, base, scaling, tuple(parameters), x.device)
+    turns = used(_turns(dim, base, scaling, tuple(parameters), x.device), x.device)
     if x.device.type == "cpu" or x.dtype == torch.float64:
         eager.rotate(x, out, place, turns, factor, interleaved=interleaved, inverse=inverse)
         return

@@ -1,7 +1,8 @@
 """From operands to the forward kernel's arguments.
 
 What follows from the spec is worked out once, by `plan`; what depends on the tensors of a call is gathered here with as
-little Python as possible. Nothing reads the device, so a call can be captured in a CUDA graph.
+little Python as possible. Nothing reads the device, so a call that was made before can be captured in a CUDA graph: the
+first one fetches schedules and tile maps from the host.
 """
 
 from __future__ import annotations

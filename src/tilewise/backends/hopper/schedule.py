@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilewise.masks.tensors import TileTensors
+from tilewise.resident import capturing, from_host, used
 from tilewise.spec import AttentionSpec
 
 L2_BYTES = 32 << 20
@@ -41,7 +42,7 @@ def of_band(spec: AttentionSpec, rows: int, block_n: int, programs: int, device:
     offset = spec.offset
     assert offset is not None
     numbers = (spec.q_len, spec.k_len, offset, left, right, spec.batch * spec.heads, section_of(spec), rows, block_n)
-    return _of_band(*numbers, programs, device)
+    return used(_of_band(*numbers, programs, device), device)
 
 
 @lru_cache(maxsize=256)
@@ -72,7 +73,7 @@ def _of_band(
         for start in range(0, planes, section)
     ]
     ids = np.concatenate(tiles)
-    return torch.from_numpy(as_lists(ids, cost[ids % len(lo)], programs)).to(device, non_blocking=True)
+    return from_host(torch.from_numpy(as_lists(ids, cost[ids % len(lo)], programs)), device, "this shape's schedule")
 
 
 def as_lists(ids: np.ndarray, cost: np.ndarray, programs: int) -> np.ndarray:
@@ -100,12 +101,16 @@ def of_tile_map(tiles: TileTensors, spec: AttentionSpec, rows: int) -> tuple[Ten
 
     Cached with the map's tensors; made on the device, whatever the encoding.
     """
+    device = tiles.part_end.device
     known = _OF_MAPS.setdefault(tiles.part_end, {})
     key = (spec.batch, spec.heads, section_of(spec), rows)
-    if key not in known:
-        counts = _map_counts(tiles)
-        known[key] = counts, _map_queue(counts, tiles, spec, rows)
-    return known[key]
+    if key in known:
+        return used(known[key], device)
+    counts = _map_counts(tiles)
+    made = counts, _map_queue(counts, tiles, spec, rows)
+    if not capturing(device):  # what a capture makes is there when its graph has run, not before
+        known[key] = made
+    return made
 
 
 def _map_counts(tiles: TileTensors) -> Tensor:

@@ -2,7 +2,8 @@
 
 Kernels take pointers, strides, sizes and compile-time flags. The flags follow from the spec alone and are made once, by
 `plan`; what depends on the tensors of a call is gathered here with as little Python as possible, because a small call
-is as slow as its launcher. Nothing here reads the device, so a call can be captured in a CUDA graph.
+is as slow as its launcher. Nothing here reads the device, so a call that was made before can be captured in a CUDA
+graph: the first one fetches a mask's tile map from the host.
 """
 
 from __future__ import annotations
