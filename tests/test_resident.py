@@ -74,6 +74,31 @@ def test_a_queue_that_a_capture_makes_is_not_found_by_later_calls(capture: Captu
     assert schedule.of_tile_map(tiles, spec(1000, "causal()"), 128)[1] is again[1]
 
 
+class Stream:
+    def __init__(self, number: int) -> None:
+        self.cuda_stream, self.waited = number, []
+
+    def record_event(self) -> str:
+        return f"event of {self.cuda_stream}"
+
+    def wait_event(self, event: str) -> None:
+        self.waited.append(event)
+
+
+def test_another_stream_waits_for_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, device = Stream(1), Stream(2), torch.device("cuda", 0)
+    monkeypatch.setattr(resident, "_MADE", {})
+    monkeypatch.setattr(resident, "capturing", lambda device: False)
+    for stream, other in ((first, second), (second, first)):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        resident.made(0, device)
+        resident.used(0, device)
+        assert resident.used("it", torch.device("cuda", 1)) == "it"
+        assert other.waited == []
+    assert first.waited == []
+    assert second.waited == ["event of 1"]
+
+
 def test_offsets_under_a_mask_are_a_copy_in_a_graph() -> None:
     """A graph's replays may find other values there, and maps are cached by a tensor's identity."""
     q, offset = torch.zeros(1, 1, 4, 8), torch.zeros(1, dtype=torch.int32)

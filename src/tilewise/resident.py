@@ -1,8 +1,8 @@
 """Tensors that stay on a device between calls: schedules, tile maps, rotary frequencies.
 
-They are made once and read by later calls. Such a call may run on another stream: what comes from the host has arrived
-before anybody else can find it. And a CUDA graph reads such a tensor at every replay, when the cache that held it may
-long have let it go: what a graph reads is kept for good.
+They are made once and read by later calls. Such a call may be on another stream, where it must wait until they are
+there. And a CUDA graph reads such a tensor at every replay, when the cache that held it may long have let it go: what a
+graph reads is kept for good.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_MADE: dict[tuple[int | None, int], Any] = {}
+"""By device and stream: an event behind what was last made there."""
+
 _READ_BY_GRAPHS: dict[int, Any] = {}
 """By identity; few, as a graph reads one or two for each shape that was captured."""
 
@@ -24,7 +27,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def from_host(x: Tensor, device: torch.device, what: str) -> Tensor:
-    """`x` on `device`, arrived when this returns; on the CPU x itself. `what` names it to the user.
+    """`x` on `device`, on its way when this returns; on the CPU x itself. `what` names it to the user.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which would copy from memory that is gone when it is replayed.
@@ -34,11 +37,28 @@ def from_host(x: Tensor, device: torch.device, what: str) -> Tensor:
             f"{what} is not on {device} yet, and a CUDA graph that is being captured cannot copy it from the host. "
             "Fix: make the same call once before the capture"
         )
-    return x.to(device)
+    return made(x.to(device, non_blocking=True), device)
+
+
+def made(value: T, device: torch.device) -> T:
+    """`value`, whose making the current stream has been told of: callers on other streams will wait for it."""
+    if device.type == "cuda" and not capturing(device):
+        stream = torch.cuda.current_stream(device)
+        _MADE[device.index, stream.cuda_stream] = stream.record_event()
+    return value
 
 
 def used(value: T, device: torch.device) -> T:
-    """`value`; if a CUDA graph is being captured, which will read it at every replay, it is never freed."""
+    """`value`, for the current stream to read now.
+
+    If a CUDA graph is being captured, which will read it at every replay, it is never freed. (A capture begins when the
+    device has finished everything, so there is nothing to wait for.)
+    """
     if capturing(device):
         _READ_BY_GRAPHS[id(value)] = value
+    elif device.type == "cuda":
+        here = torch.cuda.current_stream(device)
+        for (index, stream), event in list(_MADE.items()):
+            if index == device.index and stream != here.cuda_stream:
+                here.wait_event(event)
     return value

@@ -27,7 +27,7 @@ from tilewise.masks.frame import Frame
 from tilewise.masks.sets import Dense
 from tilewise.masks.tilemap import TileMap
 from tilewise.masks.tiles import FromTiles
-from tilewise.resident import capturing, from_host, used
+from tilewise.resident import capturing, from_host, made, used
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -193,7 +193,7 @@ def tile_map(
         if there:
             from tilewise.masks.device import encode_on_device
 
-            return encode_on_device(mask, frame, place, transposed)
+            return made(encode_on_device(mask, frame, place, transposed), place)
         tiles = compile_map(mask, n, m, offset=frame.offset, heads=heads)
         return to_tensors(tiles.transpose() if transposed else tiles, place)
 

@@ -24,7 +24,7 @@ from tilewise.errors import UnsupportedError, bad_type, bad_value
 from tilewise.ops import checks, rotary_scaling
 from tilewise.ops.library import apply_function, below_autograd
 from tilewise.ops.rotary_scaling import Scaling
-from tilewise.resident import used
+from tilewise.resident import made, used
 
 _ARGUMENTS = (
     "Tensor? positions, Tensor? offsets, Tensor? cu_seqlens, SymInt offset, SymInt dim, float base, str scaling, "
@@ -181,7 +181,7 @@ def _check_offset(offset: Any, x: Tensor, sequences: int) -> Tensor | None:
 @lru_cache(maxsize=256)
 def _turns(dim: int, base: float, scaling: str, parameters: tuple[float, ...], device: torch.device) -> Tensor:
     """[dim/2] int64 on `device`; kept, so that a captured graph copies nothing from the host."""
-    return as_turns(rotary_scaling.frequencies(dim, base, scaling, parameters), device)
+    return made(as_turns(rotary_scaling.frequencies(dim, base, scaling, parameters), device), device)
 
 
 def _run(x: Tensor, out: Tensor, arguments: tuple[Any, ...]) -> None:

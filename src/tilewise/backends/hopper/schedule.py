@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilewise.masks.tensors import TileTensors
-from tilewise.resident import capturing, from_host, used
+from tilewise.resident import capturing, from_host, made, used
 from tilewise.spec import AttentionSpec
 
 L2_BYTES = 32 << 20
@@ -107,10 +107,10 @@ def of_tile_map(tiles: TileTensors, spec: AttentionSpec, rows: int) -> tuple[Ten
     if key in known:
         return used(known[key], device)
     counts = _map_counts(tiles)
-    made = counts, _map_queue(counts, tiles, spec, rows)
+    found = made((counts, _map_queue(counts, tiles, spec, rows)), device)
     if not capturing(device):  # what a capture makes is there when its graph has run, not before
-        known[key] = made
-    return made
+        known[key] = found
+    return found
 
 
 def _map_counts(tiles: TileTensors) -> Tensor:
