@@ -76,7 +76,7 @@ def store(pointer: Pointer, x: Any, mask: Any = None) -> None:
     pointer.memory[at[live]] = np.broadcast_to(np.asarray(x), at.shape)[live]
 
 
-def atomic_add(pointer: Pointer, x: Any) -> Any:
+def atomic_add(pointer: Pointer, x: Any, sem: str) -> Any:
     before = load(pointer)
     store(pointer, before + x)
     return before

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from aot import Report, compiling, resources, unset_uniform_registers
+from aot import Report, compiling, resources
+from machine_code import unset_uniform_registers
 from torch import Tensor
 
 from tilewise.backends.base import Needs, Operands
@@ -44,8 +45,8 @@ MAIN = ("attention_forward", "attention_backward", "attention_dkdv", "attention_
 OLD_ASSEMBLER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 """Triton 3.6 and 3.7 come with ptxas 12.8; later ones keep more values in memory."""
 
-FORWARD_SPILLS = {("D256", "window", "both"): 8}
-"""Bytes a thread, one tile-level value; 0 under 3.6, and in every other forward kernel under both."""
+FORWARD_SPILLS = {("D128", "map", "both"): 8, ("D128", "map", "cap"): 8}
+"""Bytes a thread: addresses of the output's buffer, read back once a tile. 0 in every other forward kernel."""
 
 BACKWARD_SPILLS = {
     64: {"full": (0, 16), "tail": (0, 16), "causal": (16, 16), "shifted": (16, 16), "offsets": (24, 24),

@@ -149,7 +149,7 @@ def test_long_sequences_come_first() -> None:
     lengths = [100, 0, 700, 129, 700, 1]
     operands, spec = problem(None, dims=(64, 64), lengths=(lengths, lengths))
     assert operands.cu_seqlens_q is not None
-    items = of_sequences(operands.cu_seqlens_q, spec, 128).tolist()
+    items = of_sequences(operands.cu_seqlens_q, spec, 128)[0].tolist()
     tiles = [-(-length // 128) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda s: (-tiles[s], s))
     assert items[: 1 + sum(tiles)] == [sum(tiles), *(s * 6 + t for s in order for t in reversed(range(tiles[s])))]

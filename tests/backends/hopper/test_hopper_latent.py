@@ -11,10 +11,11 @@ import torch
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 
 import emulator
-from aot import compiling, resources, unset_uniform_registers
+from aot import compiling, resources
 from hopper_cases import DEVICE
 from hopper_targets import NEWER_SPILLS, OLD_ASSEMBLER, SHARED_MEMORY
 from latent_problems import CASES, COLUMNS, WIDTH, Latent, assert_right, make
+from machine_code import unset_uniform_registers
 
 from tilewise.backends.decoding import DecodeOperands
 from tilewise.backends.hopper import decoding

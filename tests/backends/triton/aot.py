@@ -85,38 +85,3 @@ def resources(kernel: Any) -> Report:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return Report(kernel.metadata.name, int(found[1]), int(found[2]), kernel.metadata.shared, kernel)
-
-
-def unset_uniform_registers(kernel: Any) -> list[str]:
-    """Machine instructions that read a uniform register which nothing above them has written.
-
-    The assembler of CUDA 12.8 does this where two tiles of different swizzle share one shared-memory address: matrix
-    descriptors are then built from a stale register and the product reads other memory. Seen on the device as sums over
-    16 of 64 keys.
-    """
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        listing = subprocess.run(
-            [tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True
-        ).stdout
-    written: set[int] = set()
-    suspicious = []
-    for line in listing.splitlines():
-        match = re.match(r"\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", line)
-        if match is None:
-            continue
-        operation, operands = match[1], match[2].split(",")
-        target = re.fullmatch(r"\s*UR(\d+)\s*", operands[0])
-        sources = operands[1:] if target else operands
-        for source in re.findall(r"\bUR(\d+)\b", ",".join(sources)):
-            # Copies of a register that is not live yet are saved and restored around calls; only arithmetic counts.
-            if int(source) not in written and operation.startswith("U") and operation != "UMOV":
-                suspicious.append(line.strip())
-                written.add(int(source))
-        if target:
-            wide = ".64" in operation or ".128" in operation or "WIDE" in operation
-            first = int(target[1])
-            written.update(range(first, first + (4 if ".128" in operation else 2 if wide else 1)))
-    return suspicious

@@ -7,7 +7,8 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from aot import Report, compiling, resources, unset_uniform_registers
+from aot import Report, compiling, resources
+from machine_code import unset_uniform_registers
 from torch import Tensor
 
 from tilewise.backends.base import Needs, Operands

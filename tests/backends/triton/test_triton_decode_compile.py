@@ -11,8 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from aot import Report, compiling, resources, unset_uniform_registers
+from aot import Report, compiling, resources
 from compile_cases import SHARED_MEMORY
+from machine_code import unset_uniform_registers
 
 from tilewise.backends.decoding import DecodeOperands
 from tilewise.backends.triton.decode_configs import DecodeTile, choose_splits, tile_for

@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from aot import Report, compiling, resources, unset_uniform_registers
+from aot import Report, compiling, resources
 from compile_cases import SHARED_MEMORY
+from machine_code import unset_uniform_registers
 from torch import Tensor
 
 from tilewise.backends.linear import LinearOperands

@@ -40,15 +40,17 @@ from tilewise.backends.hopper.primitives import (
 )
 from tilewise.backends.hopper.walk import (
     BASE_TILE,
-    QUEUED,
+    END_ONLY,
+    FACTS,
+    LIMITED,
+    SLOTS,
+    await_tile,
     block_at,
     claim_tile,
-    decode_tile,
     draw_ticket,
-    geometry,
-    map_row,
+    is_told,
     next_stage,
-    told_tile,
+    tile_facts,
     visited_blocks,
 )
 
@@ -83,8 +85,8 @@ class Call:
     i sees keys i + left … i + right, and the `map_…` are the map's batch, heads and row tiles.
 
     Shared memory: a buffer of Q and of the output for each consumer, the rings of K and V. `…_full` is an mbarrier on
-    which the copy engine counts its bytes, `…_free` one on which consumers say that they are done; `tile_s` are two
-    slots of six facts about a tile. Compile-time options are in capitals.
+    which the copy engine counts its bytes, `…_free` one on which consumers say that they are done; `tile_s` is
+    what the consumers are told of tiles. Compile-time options are in capitals.
     """
 
     q_desc: tensor_descriptor
@@ -133,7 +135,6 @@ class Call:
     v_full: gl.shared_memory_descriptor
     tile_s: gl.shared_memory_descriptor
     tile_full: gl.shared_memory_descriptor
-    tile_free: gl.shared_memory_descriptor
     LINE: gl.constexpr
     WARPGROUPS: gl.constexpr
     BLOCK_N: gl.constexpr
@@ -155,37 +156,47 @@ class Call:
 
 
 @gluon.jit
-def _load_block(call, of_keys, key, begins, of_rows, row, count, stage, phase, loaded):
-    """Move the K and V tiles that begin at key `key`, and if the tile `begins` here, Q. `of_…` says of whose.
+def _load_keys(call, of_keys, key, stage, loaded):
+    """Move the K tile that begins at key `key`; `of_keys` says of whose.
 
-    `loaded` counts blocks: the first of each stage finds its buffer free. K goes first, so that the next tile's first K
-    is on its way while the consumers finish this one's last block.
+    `loaded` counts blocks: the first of each stage finds its buffer free.
     """
-    THREADS: gl.constexpr = 128 * (call.WARPGROUPS + 1)
     batch, kv_head, first_k, m = of_keys
-    place = tile_place(batch, kv_head, key, first_k, m, call.PACKED)
     if loaded >= call.STAGES:
-        barrier_sync(K_FREE + stage, THREADS)
+        barrier_sync(K_FREE + stage, 128 * (call.WARPGROUPS + 1))
     mbarrier.expect(call.k_full.index(stage), call.BLOCK_N * call.D * 2)
+    place = tile_place(batch, kv_head, key, first_k, m, call.PACKED)
     tma_load(call.k_desc, place, call.k_full.index(stage), call.k_s.index(stage))
-    if begins:
-        for w in gl.static_range(call.WARPGROUPS):
-            mbarrier.wait(call.q_free.index(w), (count & 1) ^ 1)
-            mbarrier.expect(call.q_full.index(w), 64 * call.D * 2)
-            _, head, first_q, n = of_rows
-            q_place = tile_place(batch, head, row + 64 * w, first_q, n, call.PACKED)
-            tma_load(call.q_desc, q_place, call.q_full.index(w), call.q_s.index(w))
+
+
+@gluon.jit
+def _load_values(call, of_keys, key, stage, loaded):
+    """The same of V."""
+    batch, kv_head, first_k, m = of_keys
     if loaded >= call.STAGES:
-        barrier_sync(V_FREE + stage, THREADS)
+        barrier_sync(V_FREE + stage, 128 * (call.WARPGROUPS + 1))
     mbarrier.expect(call.v_full.index(stage), call.BLOCK_N * call.DV * 2)
+    place = tile_place(batch, kv_head, key, first_k, m, call.PACKED)
     tma_load(call.v_desc, place, call.v_full.index(stage), call.v_s.index(stage))
-    stage, phase = next_stage(stage, phase, call.STAGES)
-    return stage, phase, loaded + 1
+
+
+@gluon.jit
+def _load_rows(call, of_rows, row, count):
+    """Move the Q tiles of a CTA's tile `count`, which begins at row `row`."""
+    batch, head, first_q, n = of_rows
+    for w in gl.static_range(call.WARPGROUPS):
+        mbarrier.wait(call.q_free.index(w), (count & 1) ^ 1)
+        mbarrier.expect(call.q_full.index(w), 64 * call.D * 2)
+        place = tile_place(batch, head, row + 64 * w, first_q, n, call.PACKED)
+        tma_load(call.q_desc, place, call.q_full.index(w), call.q_s.index(w))
 
 
 @gluon.jit
 def _producer(call):
-    """Ask for the blocks of one tile after another, in the order in which the consumers take them."""
+    """Ask for the blocks of one tile after another, in the order in which the consumers take them.
+
+    K goes first, so that the next tile's first K is on its way while the consumers finish this one's last block.
+    """
     RATIO: gl.constexpr = BASE_TILE // call.BLOCK_N
     stage = 0
     phase = 0
@@ -193,51 +204,43 @@ def _producer(call):
     count = 0
     tile = claim_tile(call, 0, gl.program_id(0))
     while tile >= 0:
-        ticket = draw_ticket(call)
-        next_tile = -1
-        if call.ORDER != QUEUED:
-            next_tile = claim_tile(call, count + 1, ticket)
-        b, h, start = decode_tile(call, tile)
-        batch, first_q, n, first_k, m, left, right = geometry(call, b)
+        h, start, where, of_map = tile_facts(call, count)
+        batch, first_q, n, first_k, m, left, right = where
+        part, parts, fulls, run = of_map
         of_keys = (batch, h // call.group, first_k, m)
-        of_rows = (batch, h, first_q, n)
-        first = 0
-        full_from = 0
-        full_to = 0
-        last = 0
-        part = 0
-        parts = 0
-        entry = 0
+        first, full_from, full_to, last = 0, 0, 0, 0
         block = 0
         stop = 0
         if call.MAP:
             # Partial tiles, then the runs of full ones; block 0 if there are none, as a tile visits at least one.
-            row, parts, fulls = map_row(call, b, h, start)
-            part = gl.load(call.part_begin + row)
-            entry = gl.load(call.run_begin + row)
-            block = gl.load(call.run_start + entry, mask=fulls > 0, other=0) * RATIO
-            stop = gl.load(call.run_stop + entry, mask=fulls > 0, other=0) * RATIO
+            block = gl.load(call.run_start + run, mask=fulls > 0, other=0) * RATIO
+            stop = gl.load(call.run_stop + run, mask=fulls > 0, other=0) * RATIO
             blocks = gl.maximum(parts + fulls, 1)
         else:
             first, full_from, full_to, last = visited_blocks(call, start, start + 64 * call.WARPGROUPS, left, right, m)
             blocks = last - first
+        ticket = 0
         for i in range(0, blocks):
             if call.MAP:
                 base = gl.load(call.part_col + part + i // RATIO, mask=i < parts, other=0)
                 key = gl.where(i < parts, base * BASE_TILE + (i % RATIO) * call.BLOCK_N, block * call.BLOCK_N)
                 block += (i >= parts).to(gl.int32)
                 next_run = (block >= stop) & (i >= parts) & (i + 1 < blocks)
-                entry += next_run.to(gl.int32)
-                block = gl.where(next_run, gl.load(call.run_start + entry, mask=next_run, other=0) * RATIO, block)
-                stop = gl.where(next_run, gl.load(call.run_stop + entry, mask=next_run, other=0) * RATIO, stop)
+                run += next_run.to(gl.int32)
+                block = gl.where(next_run, gl.load(call.run_start + run, mask=next_run, other=0) * RATIO, block)
+                stop = gl.where(next_run, gl.load(call.run_stop + run, mask=next_run, other=0) * RATIO, stop)
             else:
                 key = block_at(call, i, first, full_from, full_to, last) * call.BLOCK_N
-            stage, phase, loaded = _load_block(call, of_keys, key, i == 0, of_rows, start, count, stage, phase, loaded)
-            if call.ORDER == QUEUED:  # noqa: SIM102  (one is a compile-time constant, the other is not)
-                # With every buffer asked for there is time to look up what comes next.
-                if i == gl.minimum(call.STAGES, blocks) - 1:
-                    next_tile = claim_tile(call, count + 1, ticket)
-        tile = next_tile
+            _load_keys(call, of_keys, key, stage, loaded)
+            if i == 0:
+                ticket = draw_ticket(call)
+                _load_rows(call, (batch, h, first_q, n), start, count)
+            if i == gl.minimum(1, blocks - 1):
+                # Before V's buffer is free there is time to look up what comes next.
+                tile = claim_tile(call, count + 1, ticket)
+            _load_values(call, of_keys, key, stage, loaded)
+            stage, phase = next_stage(stage, phase, call.STAGES)
+            loaded += 1
         count += 1
 
 
@@ -277,13 +280,36 @@ def _hide(call, s, rows, key, left, right, m, bits, other):
         s = gl.where(visible != 0, s, -float("inf"))
         s = gl.convert_layout(s.reshape([64, call.BLOCK_N]), S_LAYOUT, assert_trivial=True)
     else:
-        columns = key + gl.arange(0, call.BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
-        if call.RIGHT:
-            farthest = gl.minimum(rows + right, m - 1)
-            s = gl.where(columns[None, :] <= farthest[:, None], s, -float("inf"))
+        # Columns as 8·i + 2·q + e, where q is a thread's place in its quad: what is compared with are constants.
+        s = s.reshape([64, call.BLOCK_N // 8, 4, 2])
+        ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, s.type.layout)))
+        I: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, s.type.layout)))
+        Q: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, s.type.layout)))
+        E: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, s.type.layout)))
+        row = gl.convert_layout(rows, ROW)[:, None, None, None]
+        column = 8 * gl.arange(0, call.BLOCK_N // 8, layout=I)[None, :, None, None]
+        column += gl.arange(0, 2, layout=E)[None, None, None, :]
+        before = key + 2 * gl.arange(0, 4, layout=Q)[None, None, :, None]
+        if call.RIGHT == END_ONLY:
+            # The same for all rows, so it is worked out once a column and added, at twice the rate of a selection.
+            s += gl.where(column < m - before, 0.0, -float("inf"))
+        if call.RIGHT == LIMITED:
+            s = gl.where(column <= gl.minimum(row + right, m - 1) - before, s, -float("inf"))
         if call.LEFT:
-            s = gl.where(columns[None, :] >= (rows + left)[:, None], s, -float("inf"))
+            s = gl.where(column >= row + left - before, s, -float("inf"))
+        s = gl.convert_layout(s.reshape([64, call.BLOCK_N]), S_LAYOUT, assert_trivial=True)
     return s
+
+
+@gluon.jit
+def _hides(call, start, key, left, right, m):
+    """Whether any of the 64 rows from `start` on may not see all of the block that begins at `key`."""
+    hides = key + call.BLOCK_N > m
+    if call.RIGHT == LIMITED:
+        hides |= key + call.BLOCK_N > start + 1 + right
+    if call.LEFT:
+        hides |= key < start + 63 + left
+    return hides
 
 
 @gluon.jit
@@ -363,43 +389,16 @@ def _consumer(call, W: gl.constexpr):
     stage = 0
     phase = 0
     count = 0
-    tile, f1, f2, f3, f4, f5 = told_tile(call, 0)
-    while tile >= 0:
-        if call.ORDER == QUEUED:
-            h = tile
-            tile_start = f1
-            if call.MAP:
-                batch = f2
-                first_q = 0
-                n = call.q_len
-                m = call.k_len
-                left = 0
-                right = 0
-            else:
-                batch = 0
-                first_q = f2
-                n = f3
-                m = f4
-                left = call.left + f5
-                right = call.right + f5
-        else:
-            b, h, tile_start = decode_tile(call, tile)
-            batch, first_q, n, _, m, left, right = geometry(call, b)
+    while await_tile(call, count) >= 0:
+        h, tile_start, where, of_map = tile_facts(call, count)
+        batch, first_q, n, _first_k, m, left, right = where
+        part, parts, fulls, _run = of_map
         start = tile_start + 64 * W
         # Of `blocks`, this warpgroup skips the first `skipped` and hides elements in the next `masked`.
         rows = start + gl.arange(0, 64, layout=S_ROWS)
-        first = 0
-        full_from = 0
-        full_to = 0
-        last = 0
-        skipped = 0
-        part = 0
-        bits = 0
-        everything = 0
+        first, full_from, full_to, last = 0, 0, 0, 0
+        skipped, bits, everything = 0, 0, 0
         if call.MAP:
-            part = f3
-            parts = f4
-            fulls = f5
             blocks = gl.maximum(parts + fulls, 1)
             masked = gl.maximum(parts, 1)
             bits = gl.load(call.part_id + part, mask=parts > 0, other=-1)
@@ -409,7 +408,7 @@ def _consumer(call, W: gl.constexpr):
             first, full_from, full_to, last = visited_blocks(call, tile_start, tile_start + ROWS, left, right, m)
             blocks = last - first
             masked = 1
-            if call.RIGHT:
+            if call.RIGHT == LIMITED:
                 # Blocks that only warpgroups further down see: their buffers are handed back unread.
                 _, _, my_full_to, my_last = visited_blocks(call, start, start + 64, left, right, m)
                 skipped = gl.minimum(gl.maximum(last - my_last, 0), gl.minimum(last - full_to, blocks - 1))
@@ -421,7 +420,7 @@ def _consumer(call, W: gl.constexpr):
                 # Rows that all lie behind the sequence need nothing, but one block takes the pipeline to its end.
                 skipped = gl.where(start < n, skipped, blocks - 1)
                 masked = gl.where(start < n, masked, 1)
-            if call.RIGHT:
+            if call.PACKED or call.RIGHT == LIMITED:
                 for _ in range(0, skipped):
                     mbarrier.wait(call.k_full.index(stage), phase)
                     barrier_arrive(K_FREE + stage, THREADS)
@@ -443,7 +442,12 @@ def _consumer(call, W: gl.constexpr):
         mbarrier.wait(call.k_full.index(stage), phase)
         s = warpgroup_mma_wait(0, deps=[_scores(call, q, stage)])
         barrier_arrive(K_FREE + stage, THREADS)
-        s = _hide(call, _capped(call, s), rows, key, left, right, m, bits, everything)
+        s = _capped(call, s)
+        if call.PACKED:
+            if _hides(call, start, key, left, right, m):
+                s = _hide(call, s, rows, key, left, right, m, bits, everything)
+        else:
+            s = _hide(call, s, rows, key, left, right, m, bits, everything)
         peak = _row_max(s, BLOCK_N, call.CHAINS) * call.scale_log2
         base = gl.where(peak == -float("inf"), 0.0, peak)
         weights = gl.exp2(s * call.scale_log2 - base[:, None])
@@ -460,7 +464,7 @@ def _consumer(call, W: gl.constexpr):
                     call, q, p, acc, peak, total, stage, phase, rows, key, left, right, m, bits, i < masked, True
                 )
         else:
-            if call.LEFT or (call.RIGHT and not call.ALIGNED):
+            if call.LEFT or (call.RIGHT == LIMITED and not call.ALIGNED):
                 for i in range(1, masked):
                     key = block_at(call, skipped + i, first, full_from, full_to, last) * BLOCK_N
                     p, acc, peak, total, stage, phase = _step(
@@ -471,6 +475,12 @@ def _consumer(call, W: gl.constexpr):
                     call, q, p, acc, peak, total, stage, phase, rows, 0, left, right, m, bits, False, False
                 )
 
+        if call.WARPGROUPS == 4 and is_told(call.ORDER, call.D):
+            # Read anew: kept in registers meanwhile, of which there are few, they would be spilled.
+            h, tile_start, where, of_map = tile_facts(call, count)
+            batch, first_q, n, _first_k, m, left, right = where
+            start = tile_start + 64 * W
+            rows = start + gl.arange(0, 64, layout=S_ROWS)
         if not call.OUT_OVER_Q and not call.Q_IN_REGISTERS:
             mbarrier.arrive(call.q_free.index(W), count=1)
         mbarrier.wait(call.v_full.index(stage), phase)
@@ -505,7 +515,6 @@ def _consumer(call, W: gl.constexpr):
             store_wait(0)
             mbarrier.arrive(call.q_free.index(W), count=1)
         count += 1
-        tile, f1, f2, f3, f4, f5 = told_tile(call, count)
     store_wait(0)
 
 
@@ -539,13 +548,11 @@ def attention_forward(
     q_free = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    tile_s = gl.allocate_shared_memory(gl.int32, [12, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_s = gl.allocate_shared_memory(gl.int32, [SLOTS * FACTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    tile_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     for s in gl.static_range(2):
         mbarrier.init(tile_full.index(s), count=1)
-        mbarrier.init(tile_free.index(s), count=WARPGROUPS)
     for w in gl.static_range(WARPGROUPS):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_free.index(w), count=1)
@@ -558,7 +565,7 @@ def attention_forward(
         counts_ptr, run_begin, run_start, run_stop, part_begin, part_col, part_id, bits_ptr, heads, group, q_len,
         k_len, q_rows, row_tiles, tiles, programs, key_blocks, full_blocks, left, right, map_batch, map_heads,
         map_tiles, scale_log2, softcap_in, q_s, k_s, v_s, out_s, q_full, q_free, k_full, v_full, tile_s, tile_full,
-        tile_free, LINE, WARPGROUPS, BLOCK_N, D, DV, STAGES, ORDER, LEFT, RIGHT, ALIGNED, OFFSET, PACKED, MAP,
+        LINE, WARPGROUPS, BLOCK_N, D, DV, STAGES, ORDER, LEFT, RIGHT, ALIGNED, OFFSET, PACKED, MAP,
         SOFTCAP, SINK, Q_IN_REGISTERS, OUT_OVER_Q, CHAINS,
     )  # fmt: skip
     # Partitions are written out because a list of them must be a literal.

@@ -61,8 +61,9 @@ def plan(spec: AttentionSpec, config: ForwardConfig | None = None) -> ForwardPla
     fixed = bool(offset_kind == walk.OFFSET_FIXED)
     limited = left is not None or right is not None
     listed = not spec.packed and limited and fixed
-    # A last block that M cuts is a limit on the right like any other.
-    tail = spec.mask is None and (spec.packed or spec.k_len % config.block_n != 0)
+    # A last block that M cuts is a limit on the right like any other, unless only the device knows which.
+    cut = spec.mask is None and not spec.packed and spec.k_len % config.block_n != 0
+    ends = walk.LIMITED if right is not None or cut else walk.END_ONLY if spec.packed else walk.NO_END
     queued = spec.packed or spec.mask is not None
     order = walk.QUEUED if queued else walk.LISTED if listed else walk.ROW_MAJOR
     scale_log2, softcap_in = spec.scale * LOG2E, 0.0
@@ -75,7 +76,7 @@ def plan(spec: AttentionSpec, config: ForwardConfig | None = None) -> ForwardPla
         config.stages,
         order.value,
         left is not None,
-        right is not None or tail,
+        ends.value,
         # Only one block of any 64 rows is then cut.
         left is None and (right is None or (fixed and (offset + right) % 64 == 0)),
         offset_kind.value,
@@ -167,13 +168,12 @@ def launch(
     programs = min(count, multiprocessors(index))
     counts = lse
     queue = None
-    if spec.packed or tiles is not None:
-        queue = torch.zeros(1, dtype=torch.int32, device=q.device)
     if spec.packed:
         assert operands.cu_seqlens_q is not None
-        order = schedule.of_sequences(operands.cu_seqlens_q, spec, rows)
+        order, queue = schedule.of_sequences(operands.cu_seqlens_q, spec, rows)
         programs = multiprocessors(index)
     elif tiles is not None:
+        queue = torch.zeros(1, dtype=torch.int32, device=q.device)
         counts, order = schedule.of_tile_map(tiles, spec, rows)
     elif prepared.listed:
         order = schedule.of_band(spec, rows, config.block_n, programs, q.device)

@@ -132,8 +132,9 @@ def _map_queue(counts: Tensor, tiles: TileTensors, spec: AttentionSpec, rows: in
     return torch.nn.functional.pad(ids, (1, 0), value=planes * row_tiles).int()
 
 
-def of_sequences(cu_seqlens_q: Tensor, spec: AttentionSpec, rows: int) -> Tensor:
-    """How many (sequence, tile) pairs there are, and the pairs as sequence·tiles + tile; int32 on the device.
+def of_sequences(cu_seqlens_q: Tensor, spec: AttentionSpec, rows: int) -> tuple[Tensor, Tensor]:
+    """How many (sequence, tile) pairs there are, and the pairs as sequence·tiles + tile; and the queue's counter, which
+    is 0: int32 on the device.
 
     Long sequences first, and in each its last tile first, which sees most under a causal rule.
     """
@@ -141,11 +142,12 @@ def of_sequences(cu_seqlens_q: Tensor, spec: AttentionSpec, rows: int) -> Tensor
     n_m = -(-spec.q_len // rows)
     room = min(spec.q_total // rows + spec.batch, n_m * spec.batch)
     items = torch.empty(1 + room, dtype=torch.int32, device=cu_seqlens_q.device)
+    queue = torch.empty(1, dtype=torch.int32, device=cu_seqlens_q.device)
     block = max(16, 1 << (spec.batch - 1).bit_length())
     kernel[(spec.batch,)](
-        cu_seqlens_q, items, spec.batch, n_m, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True
+        cu_seqlens_q, items, queue, spec.batch, n_m, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True
     )
-    return items
+    return items, queue
 
 
 @cache

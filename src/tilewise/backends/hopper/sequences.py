@@ -2,7 +2,7 @@
 
 One program a sequence counts the tiles of all sequences that come before its own (a longer one, or an equal one with a
 smaller number) and writes its own tiles behind them, the last tile first. The first program also writes how many tiles
-there are in all.
+there are in all, and that none is taken.
 """
 
 # Kernels are in Triton's language, which checks its own types when it compiles.
@@ -15,8 +15,10 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["batch", "tiles"], do_not_specialize_on_alignment=["cu_ptr"])
-def order_sequences(cu_ptr, items_ptr, batch: tl.int32, tiles: tl.int32, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """items [1 + pairs]: the number of pairs, then sequence·tiles + tile."""
+def order_sequences(
+    cu_ptr, items_ptr, queue_ptr, batch: tl.int32, tiles: tl.int32, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """items [1 + pairs]: the number of pairs, then sequence·tiles + tile; and queue [1], from which none is taken."""
     own = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     there = lanes < batch
@@ -29,6 +31,7 @@ def order_sequences(cu_ptr, items_ptr, batch: tl.int32, tiles: tl.int32, ROWS: t
     if own == 0:
         total = tl.sum(counts, 0)
         tl.store(items_ptr, total)
+        tl.store(queue_ptr, 0)
         if total == 0:
             # What a CTA that finds no work looks at all the same.
             tl.store(items_ptr + 1, 0)

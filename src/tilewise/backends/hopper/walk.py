@@ -2,7 +2,7 @@
 
 A tile is 64 rows a consumer of one head. Where all tiles are alike, a CTA finds its own by counting; where their
 lengths follow from the geometry, in a list that the host has dealt out (schedule.py); where only the device knows them,
-in a queue, longest first, from which whoever is done takes the next.
+in a queue, longest first, from which whoever is done takes the next. The producer does that, and tells the consumers.
 
 `call` is the kernel's record of arguments (forward.py).
 """
@@ -10,7 +10,7 @@ in a queue, longest first, from which whoever is done takes the next.
 # Kernels are in Triton's language, which checks its own types when it compiles.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
-from tilewise.backends.hopper.primitives import gl, gluon, mbarrier
+from tilewise.backends.hopper.primitives import constexpr_function, gl, gluon, mbarrier
 
 ROW_MAJOR, LISTED, QUEUED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 """Where a CTA finds its next tile: by counting, in its own list, or by taking the next one of a list for all."""
@@ -18,11 +18,27 @@ ROW_MAJOR, LISTED, QUEUED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 OFFSET_FIXED, OFFSET_TENSOR, OFFSET_ALIGNED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 """Where row 0's position comes from: one integer, a tensor [B], or M − N of the packed sequence."""
 
+NO_END, END_ONLY, LIMITED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+"""What hides keys on the right: nothing, only the end of a packed sequence, or M, a causal rule or a window."""
+
 FARTHEST = gl.constexpr(1 << 29)
 """An offset beyond any sequence; with a window's side and a row it still fits into 32 bits."""
 
 BASE_TILE = gl.constexpr(128)
 """Rows and columns of one tile of a tile map."""
+
+FACTS, SLOTS = gl.constexpr(7), gl.constexpr(4)
+"""How many numbers the consumers are told of a tile, and of how many tiles they are kept."""
+
+
+@constexpr_function
+def is_told(order, d):
+    """Whether consumers are told their tiles or work them out themselves, as they can without a queue.
+
+    At D = 256 they do: what is told lies in other registers than what is worked out, and the assembler then builds the
+    16 pairs of descriptors of Q·Kᵀ one after the other in the same four (docs/hopper.md).
+    """
+    return order == QUEUED or d < 256
 
 
 @gluon.jit
@@ -94,7 +110,7 @@ def visited_blocks(call, lo, hi, left, right, m):
     if call.PACKED:
         last = gl.cdiv(m, call.BLOCK_N)
         full_to = m // call.BLOCK_N
-    if call.RIGHT:
+    if call.RIGHT == LIMITED:
         last = gl.minimum(last, gl.cdiv(gl.maximum(hi + right, 0), call.BLOCK_N))
         full_to = gl.minimum(full_to, gl.maximum(lo + 1 + right, 0) // call.BLOCK_N)
     if call.LEFT:
@@ -129,71 +145,100 @@ def map_row(call, b, h, start):
 
 @gluon.jit
 def draw_ticket(call):
-    """The next place in the queue; `claim_tile` says what lies there. 0 without a queue."""
+    """The next place in the queue; `claim_tile` says what lies there. 0 without a queue.
+
+    Relaxed: nothing else passes through the queue, and an acquiring one would empty this multiprocessor's L1.
+    """
     ticket = 0
     if call.ORDER == QUEUED:
-        ticket = call.programs + gl.atomic_add(call.queue_ptr, 1)
+        ticket = call.programs + gl.atomic_add(call.queue_ptr, 1, sem="relaxed")
     return ticket
 
 
 @gluon.jit
 def claim_tile(call, count, ticket):
-    """The producer's tile `count`: with a queue, the one at place `ticket`.
+    """The producer's tile `count`, −1 behind the last: with a queue, the one at place `ticket`.
 
-    The producer draws the next tile's ticket when it begins one and looks up what lies there once it has asked for the
-    first blocks; and what the consumers must know of it is left in shared memory for `told_tile`. So neither the
-    atomic's nor the look-ups' latency is on the path of a load or a product. What they are told: the head (−1 behind
-    the last tile) and first row; of a map the sequence, its first partial tile and how many partial and full blocks; of
-    packed sequences the first token, rows, keys and offset.
+    What lies there is looked up once, here, and left in shared memory for `tile_facts`; the first fact is the head, −1
+    behind the last tile. The producer draws the ticket and looks it up while it would wait for buffers, so that neither
+    the atomic's latency nor that of look-ups and divisions is on the path of a load or a product.
     """
     if call.ORDER == QUEUED:
         total = gl.load(call.sched_ptr)
         if call.PACKED:
             total *= call.heads
         tile = gl.where(ticket < total, ticket, -1)
-        b, h, start = decode_tile(call, gl.maximum(tile, 0))
-        if call.MAP:
-            row, parts, fulls = map_row(call, b, h, start)
-            facts = (gl.where(tile < 0, -1, h), start, b, gl.load(call.part_begin + row), parts, fulls)
-        else:
-            _, first_q, n, _, m, left, _ = geometry(call, b)
-            facts = (gl.where(tile < 0, -1, h), start, first_q, n, m, left - call.left)
-        slot = count & 1
-        mbarrier.wait(call.tile_free.index(slot), (count >> 1 & 1) ^ 1)
-        for i in gl.static_range(6):
-            call.tile_s.index(6 * slot + i).store(gl.full([1], facts[i], gl.int32, call.LINE))
-        mbarrier.arrive(call.tile_full.index(slot), count=1)
     else:
         tile = placed_tile(call, count)
+    if is_told(call.ORDER, call.D):
+        b, h, start = decode_tile(call, gl.maximum(tile, 0))
+        told = gl.where(tile < 0, -1, h)
+        if call.MAP:
+            row, parts, fulls = map_row(call, b, h, start)
+            facts = (told, start, b, gl.load(call.part_begin + row), parts, fulls, gl.load(call.run_begin + row))
+        else:
+            batch, first_q, n, first_k, m, left, _ = geometry(call, b)
+            offset = left - call.left
+            if call.PACKED:
+                facts = (told, start, first_q, offset, n, m, first_k)
+            else:
+                facts = (told, start, batch, offset, 0, 0, 0)
+        # The slot is free: rows of tile count − 1 have been asked for, so every consumer has begun tile count − 2.
+        for i in gl.static_range(7 if call.MAP or call.PACKED else 4):
+            call.tile_s.index(_place(count, i)).store(gl.full([1], facts[i], gl.int32, call.LINE))
+        mbarrier.arrive(call.tile_full.index(count & 1), count=1)
     return tile
 
 
 @gluon.jit
-def _fact(call, slot, i):
-    return gl.max(call.tile_s.index(6 * slot + i).load(call.LINE), 0)
+def _place(count, i: gl.constexpr):
+    return FACTS * (count & (SLOTS - 1)) + i
 
 
 @gluon.jit
-def told_tile(call, count):
-    """The consumers' next tile, −1 behind the last; with a queue its head, and five more facts of `claim_tile`."""
-    if call.ORDER == QUEUED:
-        slot = count & 1
-        mbarrier.wait(call.tile_full.index(slot), count >> 1 & 1)
-        tile = _fact(call, slot, 0)
-        f1 = _fact(call, slot, 1)
-        f2 = _fact(call, slot, 2)
-        f3 = _fact(call, slot, 3)
-        f4 = _fact(call, slot, 4)
-        f5 = _fact(call, slot, 5)
-        mbarrier.arrive(call.tile_free.index(slot), count=1)
+def _fact(call, count, i: gl.constexpr):
+    return gl.max(call.tile_s.index(_place(count, i)).load(call.LINE), 0)
+
+
+@gluon.jit
+def tile_facts(call, count):
+    """Of a CTA's tile `count`: head and first row; then as `geometry` says; then of a map its first partial tile, how
+    many partial and full blocks, and its first run of full ones."""
+    of_map = (0, 0, 0, 0)
+    if is_told(call.ORDER, call.D):
+        h = _fact(call, count, 0)
+        start = _fact(call, count, 1)
+        third = _fact(call, count, 2)
+        if call.MAP:
+            where = (third, 0, call.q_len, 0, call.k_len, 0, 0)
+            of_map = (_fact(call, count, 3), _fact(call, count, 4), _fact(call, count, 5), _fact(call, count, 6))
+        else:
+            offset = 0
+            if call.OFFSET != OFFSET_FIXED:
+                offset = _fact(call, count, 3)
+            left = call.left + offset
+            right = call.right + offset
+            if call.PACKED:
+                n = _fact(call, count, 4)
+                m = _fact(call, count, 5)
+                where = (0, third, n, _fact(call, count, 6), m, left, right)
+            else:
+                where = (third, 0, call.q_len, 0, call.k_len, left, right)
+    else:
+        b, h, start = decode_tile(call, placed_tile(call, count))
+        where = geometry(call, b)
+    return h, start, where, of_map
+
+
+@gluon.jit
+def await_tile(call, count):
+    """Wait for what a consumer is told of its tile `count`; negative behind the last."""
+    if is_told(call.ORDER, call.D):
+        mbarrier.wait(call.tile_full.index(count & 1), count >> 1 & 1)
+        tile = _fact(call, count, 0)
     else:
         tile = placed_tile(call, count)
-        f1 = 0
-        f2 = 0
-        f3 = 0
-        f4 = 0
-        f5 = 0
-    return tile, f1, f2, f3, f4, f5
+    return tile
 
 
 @gluon.jit
