@@ -35,12 +35,17 @@ class Instruction(NamedTuple):
     @property
     def writes(self) -> list[int]:
         """Uniform registers."""
-        if not self.operation.startswith(("U", "R2UR", "S2UR")):
+        match = re.fullmatch(r"UR(\d+)", self.operands[0])
+        if match is None or "SETP" in self.operation:
             return []
-        target = next((x for x in self.operands if not re.fullmatch(r"!?U?P[T\d]+", x)), "")
-        match = re.fullmatch(r"UR(\d+)", target)
         width = 4 if ".128" in self.operation else 2 if ".64" in self.operation or "WIDE" in self.operation else 1
-        return [int(match[1]) + i for i in range(width)] if match else []
+        return [int(match[1]) + i for i in range(width)]
+
+    @property
+    def reads(self) -> set[int]:
+        """Uniform registers that it names; the upper half of a pair is not told apart."""
+        sources = self.operands[1:] if self.writes else self.operands
+        return {int(source) for source in re.findall(r"\bUR(\d+)\b", ",".join(sources))}
 
     @property
     def descriptors(self) -> list[int]:
@@ -54,11 +59,9 @@ class Instruction(NamedTuple):
     @property
     def goes_on(self) -> bool:
         """Whether the next instruction may follow."""
-        if self.operation.split(".")[0] in ("EXIT", "RET"):
-            return self.predicated
-        if self.operation.split(".")[0] in ("BRA", "BRX"):
-            return self.predicated or re.match(r"!?U?P\d", self.operands[0]) is not None
-        return True
+        kind = self.operation.split(".")[0]
+        jumps = kind in ("EXIT", "RET", "BRX") or (kind == "BRA" and self.operands[0].startswith("`"))
+        return self.predicated or not jumps
 
 
 def disassembled(listing: str) -> list[Instruction]:
@@ -77,7 +80,8 @@ def disassembled(listing: str) -> list[Instruction]:
         predicate = re.match(r"@!?U?P\w+ ", line)
         text = line[predicate.end() :] if predicate else line
         operation, _, rest = text.partition(" ")
-        branches = [labels[label] for label in re.findall(r"\.L_x_\d+", rest)]
+        jumps = operation.startswith(("BRA", "BRX"))
+        branches = [labels[label] for label in re.findall(r"\.L_x_\d+", rest)] if jumps else []
         operands = [x.strip() for x in rest.split(",")]
         found.append(Instruction(text, operation, operands, predicate is not None, branches))
     return found
@@ -105,13 +109,37 @@ def writers_before(code: list[Instruction], registers: set[int]) -> list[Writers
 
 
 def unset_descriptors(code: list[Instruction]) -> list[str]:
-    """Products of which a matrix descriptor is not the same instruction's result whichever way led there."""
+    """Products of which a matrix descriptor is not the same instruction's result whichever way led there, or goes back
+    to a register that nothing has written on some path; and those that no path leads to."""
     registers = {register for instruction in code for register in instruction.descriptors}
-    return [
-        instruction.text
-        for instruction, writers in zip(code, writers_before(code, registers), strict=True)
-        if writers is not None and any(len(writers[r]) > 1 or UNSET in writers[r] for r in instruction.descriptors)
-    ]
+    while sources := {r for x in code if registers.intersection(x.writes) for r in x.reads} - registers:
+        registers |= sources
+    if not registers:
+        return []
+    before = writers_before(code, registers)
+    unset = {
+        at
+        for at, (instruction, writers) in enumerate(zip(code, before, strict=True))
+        if writers and registers.intersection(instruction.writes)
+        if any(UNSET in writers[r] for r in _inputs(instruction))
+    }
+    found = []
+    for instruction, writers in zip(code, before, strict=True):
+        if instruction.descriptors:
+            origins = [writers[r] for r in instruction.descriptors] if writers else []
+            if not origins or any(UNSET in of or of & unset or len(_computed(code, of)) > 1 for of in origins):
+                found.append(instruction.text)
+    return found
+
+
+def _computed(code: list[Instruction], writers: frozenset[int]) -> list[int]:
+    """Of some writers those that do not put back what was kept in another register meanwhile."""
+    return [at for at in writers if not code[at].operation.startswith("R2UR")]
+
+
+def _inputs(instruction: Instruction) -> set[int]:
+    """What a result depends on; copies of a register that is not live yet are made around calls."""
+    return instruction.reads if instruction.writes and instruction.operation != "UMOV" else set()
 
 
 def unset_arithmetic(code: list[Instruction]) -> list[str]:
@@ -122,8 +150,7 @@ def unset_arithmetic(code: list[Instruction]) -> list[str]:
     written: set[int] = set()
     suspicious = []
     for instruction in code:
-        sources = instruction.operands[1:] if instruction.writes else instruction.operands
-        read = {int(source) for source in re.findall(r"\bUR(\d+)\b", ",".join(sources))}
+        read = instruction.reads
         if instruction.operation.startswith("U") and instruction.operation != "UMOV" and read - written:
             suspicious.append(instruction.text)
             written |= read

@@ -232,7 +232,7 @@ def _producer(call):
             else:
                 key = block_at(call, i, first, full_from, full_to, last) * call.BLOCK_N
             _load_keys(call, of_keys, key, stage, loaded)
-            if i == 0:
+            if i == 0:  # before the claim, which relies on the rows having been asked for
                 ticket = draw_ticket(call)
                 _load_rows(call, (batch, h, first_q, n), start, count)
             if i == gl.minimum(1, blocks - 1):
@@ -291,7 +291,7 @@ def _hide(call, s, rows, key, left, right, m, bits, other):
         column += gl.arange(0, 2, layout=E)[None, None, None, :]
         before = key + 2 * gl.arange(0, 4, layout=Q)[None, None, :, None]
         if call.RIGHT == END_ONLY:
-            # The same for all rows, so it is worked out once a column and added, at twice the rate of a selection.
+            # The same for all rows: worked out once a column and added, at twice the rate of a selection.
             s += gl.where(column < m - before, 0.0, -float("inf"))
         if call.RIGHT == LIMITED:
             s = gl.where(column <= gl.minimum(row + right, m - 1) - before, s, -float("inf"))

@@ -61,9 +61,11 @@ def plan(spec: AttentionSpec, config: ForwardConfig | None = None) -> ForwardPla
     fixed = bool(offset_kind == walk.OFFSET_FIXED)
     limited = left is not None or right is not None
     listed = not spec.packed and limited and fixed
-    # A last block that M cuts is a limit on the right like any other, unless only the device knows which.
-    cut = spec.mask is None and not spec.packed and spec.k_len % config.block_n != 0
-    ends = walk.LIMITED if right is not None or cut else walk.END_ONLY if spec.packed else walk.NO_END
+    # A last block that M cuts is a limit on the right like any other.
+    tail = spec.mask is None and (spec.packed or spec.k_len % config.block_n != 0)
+    ends = walk.LIMITED if right is not None or tail else walk.NO_END
+    if spec.packed and (left, right) == (None, None):
+        ends = walk.END_ONLY
     queued = spec.packed or spec.mask is not None
     order = walk.QUEUED if queued else walk.LISTED if listed else walk.ROW_MAJOR
     scale_log2, softcap_in = spec.scale * LOG2E, 0.0

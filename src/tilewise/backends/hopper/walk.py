@@ -2,7 +2,8 @@
 
 A tile is 64 rows a consumer of one head. Where all tiles are alike, a CTA finds its own by counting; where their
 lengths follow from the geometry, in a list that the host has dealt out (schedule.py); where only the device knows them,
-in a queue, longest first, from which whoever is done takes the next. The producer does that, and tells the consumers.
+in a queue, longest first, from which whoever is done takes the next. The producer does that, and tells the consumers
+(but see `is_told`).
 
 `call` is the kernel's record of arguments (forward.py).
 """
@@ -19,10 +20,10 @@ OFFSET_FIXED, OFFSET_TENSOR, OFFSET_ALIGNED = gl.constexpr(0), gl.constexpr(1), 
 """Where row 0's position comes from: one integer, a tensor [B], or M − N of the packed sequence."""
 
 NO_END, END_ONLY, LIMITED = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
-"""What hides keys on the right: nothing, only the end of a packed sequence, or M, a causal rule or a window."""
+"""What hides keys on the right: nothing; only the end of a packed sequence; or M, a causal rule or a window."""
 
 FARTHEST = gl.constexpr(1 << 29)
-"""An offset beyond any sequence; with a window's side and a row it still fits into 32 bits."""
+"""An offset beyond any sequence; with a window's side, a row and a key below it, sums still fit into 32 bits."""
 
 BASE_TILE = gl.constexpr(128)
 """Rows and columns of one tile of a tile map."""
@@ -35,8 +36,8 @@ FACTS, SLOTS = gl.constexpr(7), gl.constexpr(4)
 def is_told(order, d):
     """Whether consumers are told their tiles or work them out themselves, as they can without a queue.
 
-    At D = 256 they do: what is told lies in other registers than what is worked out, and the assembler then builds the
-    16 pairs of descriptors of Q·Kᵀ one after the other in the same four (docs/hopper.md).
+    Where D is padded to 256 they do: what is told lies in other registers than what is worked out, and the assembler
+    then builds the 16 pairs of descriptors of Q·Kᵀ one after the other in the same four (docs/hopper.md).
     """
     return order == QUEUED or d < 256
 
@@ -160,8 +161,9 @@ def claim_tile(call, count, ticket):
     """The producer's tile `count`, −1 behind the last: with a queue, the one at place `ticket`.
 
     What lies there is looked up once, here, and left in shared memory for `tile_facts`; the first fact is the head, −1
-    behind the last tile. The producer draws the ticket and looks it up while it would wait for buffers, so that neither
-    the atomic's latency nor that of look-ups and divisions is on the path of a load or a product.
+    behind the last tile. The producer draws the ticket while it would wait for the buffers of Q, and looks it up while
+    it would wait for V's, so that neither the atomic's latency nor that of look-ups and divisions is on a product's
+    path.
     """
     if call.ORDER == QUEUED:
         total = gl.load(call.sched_ptr)
@@ -183,7 +185,8 @@ def claim_tile(call, count, ticket):
                 facts = (told, start, first_q, offset, n, m, first_k)
             else:
                 facts = (told, start, batch, offset, 0, 0, 0)
-        # The slot is free: rows of tile count − 1 have been asked for, so every consumer has begun tile count − 2.
+        # Slot and barrier are free: rows of tile count − 1 have been asked for, so every consumer has begun tile
+        # count − 2 and waits for no fact of it.
         for i in gl.static_range(7 if call.MAP or call.PACKED else 4):
             call.tile_s.index(_place(count, i)).store(gl.full([1], facts[i], gl.int32, call.LINE))
         mbarrier.arrive(call.tile_full.index(count & 1), count=1)
