@@ -302,6 +302,7 @@ def tma_load(descriptor: Descriptor, place: Any, barrier: Barrier, buffer: Share
 
 
 def tma_store(descriptor: Descriptor, place: Any, buffer: Shared, add: bool = False) -> None:
+    assert all(int(x) >= 0 for x in place), "an illegal instruction: a store before the tensor's beginning"
     visible_to_async(buffer)
     stores = HERE.own.stores
     stores.append(buffer)

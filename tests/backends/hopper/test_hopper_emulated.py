@@ -13,7 +13,7 @@ import emulator
 from backward_problems import ROUNDING, exact, lowered, make, ours, with_exact_delta, worst_error
 from hopper_cases import DEVICE, NAMED, assert_right, problem
 
-from tilewise.backends.hopper.configs import D64_SHORT, D128, D128_HELD
+from tilewise.backends.hopper.configs import D64_LONG, D64_SHORT, D128_HELD
 from tilewise.backends.hopper.launch import forward, plan
 from tilewise.backends.triton import interpreting
 from tilewise.masks import BigBird, Mask, PerHead, Prefix, Random, Window
@@ -108,13 +108,6 @@ def test_offsets_and_windows_at_the_ends_of_int32(options: dict[str, Any]) -> No
         assert worst_error(ours(given, out, lse), grads) < ROUNDING["float16"]
 
 
-def test_three_stages() -> None:
-    """No configuration that can be chosen has them; measured once, they make packed sequences at D = 128 faster."""
-    config = D128._replace(block_n=64, stages=3)
-    with emulator.emulating(processors=2):
-        assert_right(config, lengths=([300, 70], [300, 333]), causal=True, dtype=torch.float16)
-
-
 def test_tokens_that_belong_to_no_sequence() -> None:
     operands, spec = problem(None, dims=(64, 64), lengths=([40, 60], [40, 60]), dtype=torch.float16)
     nowhere = torch.zeros(3, dtype=torch.int32)
@@ -145,10 +138,14 @@ def test_what_is_lost_where_gradients_cancel_is_the_outputs_rounding() -> None:
 FAULTS = [
     ("\n        fence_async_shared()\n", "\n", "fenced"),
     ("            store_wait(0)\n        out_s", "            pass\n        out_s", "still reads"),
-    ("mbarrier.wait(call.q_free.index(w), (count & 1) ^ 1)", "pass", "changed under a product"),
+    ("mbarrier.wait(call.q_free.index(at), (count // call.Q_BUFFERS & 1) ^ 1)", "pass", "changed under a product"),
     ("warpgroup_mma_wait(0, deps=[acc_issued, w", "warpgroup_mma_wait(1, deps=[acc_issued, w", "before it is done"),
-    (">= call.STAGES:\n        barrier_sync(V", "> call.STAGES:\n        barrier_sync(V", "twice|more arrivals"),
-    ("mbarrier.arrive(call.q_free.index(W), count=1)", "pass", "deadlock"),
+    (
+        ">= call.STAGES:\n        barrier_sync(V",
+        "> call.STAGES:\n        barrier_sync(V",
+        "twice|more arrivals|changed under",
+    ),
+    ("mbarrier.arrive(call.q_free.index(q_at), count=1)", "pass", "deadlock"),
     ("            fence_async_shared()\n            mb", "            mb", "overtook"),
 ]
 
@@ -161,7 +158,29 @@ def test_the_emulator_finds(was: str, becomes: str, words: str, monkeypatch: pyt
     emulator.functions.cache_clear()
     # Q in registers and one block a tile: the next tile comes as soon as it can.
     short = words in ("overtook", "still reads")
-    config, options = (D128_HELD, {"m": 100}) if short else (D64_SHORT, {"m": 500, "causal": True})
+    config, options = (D128_HELD, {"m": 100}) if short else (D64_LONG, {"m": 500, "causal": True})
     with pytest.raises(AssertionError, match=words), emulator.emulating():
         assert_right(config, n=500, dtype=torch.float16, **options)
+    emulator.functions.cache_clear()
+
+
+BACKWARD_FAULTS = [
+    ("    fence_async_shared()\n    tile", "    tile", "fenced"),
+    ("if count >= q_pairs(D):", "if count > q_pairs(D):", "changed under a product"),
+    ("    pending = NOWHERE\n    pos", "    pending = -16\n    pos", "illegal"),
+    ("        store_wait(0)\n        dq =", "        dq =", "still reads"),
+]
+
+
+@pytest.mark.parametrize(("was", "becomes", "words"), BACKWARD_FAULTS, ids=[words for _, _, words in BACKWARD_FAULTS])
+def test_the_emulator_finds_in_the_backward(
+    was: str, becomes: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = emulator.inspect.getsource
+    monkeypatch.setattr(emulator.inspect, "getsource", lambda function: source(function).replace(was, becomes))
+    emulator.functions.cache_clear()
+    given = make(n=700, m=100, dim=128, batch=1, heads=1, kv_heads=1, dtype="float16")
+    out, lse, _ = exact(given)
+    with pytest.raises(AssertionError, match=words), emulator.emulating():
+        ours(given, out, lse)
     emulator.functions.cache_clear()

@@ -29,6 +29,7 @@ from tilewise.backends.hopper.backward_parts import (
     PAIR,
     ROWS,
     new_barrier,
+    new_barriers,
     opaque,
     position_offset,
     register_order,
@@ -39,6 +40,7 @@ from tilewise.backends.hopper.primitives import (
     at_most_zero,
     barrier_arrive,
     barrier_sync,
+    constexpr_function,
     fence_async_shared,
     gl,
     gluon,
@@ -57,23 +59,35 @@ KEYS = gl.constexpr(128)
 """Keys of a CTA; 64 a warpgroup."""
 
 Q_FREE = gl.constexpr(6)
-DOUT_FREE = gl.constexpr(8)
-DS_READY = gl.constexpr(10)
-"""Hardware barriers, two of each, for the first and second block of a pair: the consumers no longer need a buffer of Q
-or dO; dS is in shared memory."""
+DOUT_FREE = gl.constexpr(10)
+DS_READY = gl.constexpr(12)
+"""Hardware barriers, one for each buffer: the consumers no longer need a block of Q or dO; dS is in shared memory."""
 
-Q_AT = gl.constexpr(0)
-DOUT_AT = gl.constexpr(2)
-K_AT = gl.constexpr(4)
-V_AT = gl.constexpr(6)
-DS_AT = gl.constexpr(8)
-"""Slots of 64 rows in the pool: two buffers of Q and of dO, the warpgroups' halves of K and V, two buffers of dS. dQ
-follows."""
+DOUT_AT = gl.constexpr(0)
+K_AT = gl.constexpr(2)
+V_AT = gl.constexpr(4)
+DS_AT = gl.constexpr(6)
+"""Slots of 64 rows in the pool: two buffers of dO, the warpgroups' halves of K and V, two buffers of dS. Behind them
+come the warpgroups' tiles of dQ and, last, the buffers of Q."""
+
+NOWHERE = gl.constexpr(1 << 29)
+"""A row behind any accumulator, where the copy engine adds nothing; one before it is an illegal instruction."""
 
 UNMASKED = gl.constexpr(0)
 BAND = gl.constexpr(1)
 BITS = gl.constexpr(2)
 """What a block's scores are tested for: nothing, causal rule and window, or a bit tile."""
+
+
+@constexpr_function
+def q_pairs(d):
+    """For how many pairs of blocks there are buffers of Q.
+
+    Q is needed for longer than dO: from the scores of a block, which the block before computes, to the block's dK. At
+    D = 64 a block takes half as long, and a second pair hides the copy engine's latency; at D = 128 it would cost more
+    in addresses that are no constants than it saves.
+    """
+    return 2 if d == 64 else 1
 
 
 @gluon.jit
@@ -99,11 +113,17 @@ def _dq_slot(pool, zero, w: gl.constexpr):
     SLOTS: gl.constexpr = pool.type.shape[0]
     D: gl.constexpr = pool.type.shape[-1]
     if D == 128:
-        tile = pool.index(SLOTS - 2 + w + zero).reshape([ROWS, D])
+        tile = pool.index(DS_AT + 2 + w + zero).reshape([ROWS, D])
     else:
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], pool.dtype)
-        tile = reinterpret(pool, pool.dtype, [SLOTS // 2, 128, D], LAYOUT).index(SLOTS // 2 - 2 + w + zero)
+        tile = reinterpret(pool, pool.dtype, [SLOTS // 2, 128, D], LAYOUT).index((DS_AT + 4) // 2 + w + zero)
     return tile
+
+
+@gluon.jit
+def _q_at(pool, turn, u: gl.constexpr):
+    """Slot of block u of a pair's Q; `turn` tells the pairs with buffers apart."""
+    return pool.type.shape[0] - 2 * q_pairs(pool.type.shape[-1]) + 2 * turn + u
 
 
 @gluon.jit
@@ -135,24 +155,49 @@ def _map_row(b, h, tile, sizes):
 
 
 @gluon.jit
+def _load_q(q_desc, statistics_desc, shared, place, at, count, u: gl.constexpr):
+    """Move block u of pair `count` of Q, and its statistics, which begin at row `at` of theirs."""
+    pool, statistics, _, q_full, _ = shared
+    D: gl.constexpr = pool.type.shape[-1]
+    turn = count % q_pairs(D)
+    if count >= q_pairs(D):
+        barrier_sync(Q_FREE + 2 * turn + u, 384)
+    mbarrier.expect(q_full[u].index(turn), ROWS * (2 * D + 8))
+    tma_load(q_desc, place, q_full[u].index(turn), pool.index(_q_at(pool, turn, u)))
+    tma_load(statistics_desc, [at // 32, 0], q_full[u].index(turn), statistics.index(2 * turn + u))
+
+
+@gluon.jit
+def _load_dout(dout_desc, shared, place, count, u: gl.constexpr):
+    """Move block u of pair `count` of dO."""
+    pool, _, _, _, dout_full = shared
+    D: gl.constexpr = pool.type.shape[-1]
+    if count >= 1:
+        barrier_sync(DOUT_FREE + u, 384)
+    mbarrier.expect(dout_full[u], ROWS * 2 * D)
+    tma_load(dout_desc, place, dout_full[u], pool.index(DOUT_AT + u))
+
+
+@gluon.jit
 def _load_pair(
-    q_desc, dout_desc, statistics_desc, shared, batch, head, row, at, first, length, started,
+    q_desc, dout_desc, statistics_desc, shared, batch, head, row, before, at, first, length, count,
     PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Move two blocks of Q, dO and the statistics from row `row` on; once `started`, into buffers handed back."""
-    pool, statistics, _, q_full, dout_full = shared
-    D: gl.constexpr = pool.type.shape[-1]
+    """Move two blocks of Q and the statistics from row `row` on, and of dO; this one's, or where Q has buffers for two
+    pairs, that of the pair before, which begins at `before`. In the order in which buffers are handed back.
+
+    Returns what is `before` for the next pair, and its number.
+    """
+    AHEAD: gl.constexpr = q_pairs(shared[0].type.shape[-1]) - 1
     for u in gl.static_range(2):
+        if AHEAD == 0:
+            _load_dout(dout_desc, shared, tile_place(batch, head, row + u * ROWS, first, length, PACKED), count, u)
+        elif count >= 1:
+            place = tile_place(batch, before[0], before[1] + u * ROWS, first, length, PACKED)
+            _load_dout(dout_desc, shared, place, count - 1, u)
         place = tile_place(batch, head, row + u * ROWS, first, length, PACKED)
-        if started:
-            barrier_sync(Q_FREE + u, 384)
-        mbarrier.expect(q_full[u], ROWS * (2 * D + 8))
-        tma_load(q_desc, place, q_full[u], pool.index(Q_AT + u))
-        tma_load(statistics_desc, [(at + row) // 32 + 2 * u, 0], q_full[u], statistics.index(u))
-        if started:
-            barrier_sync(DOUT_FREE + u, 384)
-        mbarrier.expect(dout_full[u], ROWS * 2 * D)
-        tma_load(dout_desc, place, dout_full[u], pool.index(DOUT_AT + u))
+        _load_q(q_desc, statistics_desc, shared, place, at + row + u * ROWS, count, u)
+    return (head, row), count + 1
 
 
 @gluon.jit
@@ -177,51 +222,69 @@ def _producer(
     for w in gl.static_range(2):
         place = tile_place(batch, kv_head, tile * KEYS + 64 * w, first_k, m, PACKED)
         tma_load(v_desc, place, kv_full[1], pool.index(V_AT + w))
-    started = False
+    count = 0
+    before = (kv_head, 0)
     for member in range(group):
         head = kv_head * group + member
         if MAP:
             run_begin, run_end, run_start, run_stop, part_begin, part_end, part_col, _id, _bits, sizes = tile_map
             row = _map_row(b, head, tile, sizes)
             for part in range(gl.load(part_begin + row), gl.load(part_end + row)):
-                _load_pair(q_desc, dout_desc, statistics_desc, shared, batch, head,
-                           gl.load(part_col + part) * PAIR, at, first_q, n, started, PACKED)  # fmt: skip
-                started = True
+                before, count = _load_pair(q_desc, dout_desc, statistics_desc, shared, batch, head,
+                                           gl.load(part_col + part) * PAIR, before, at, first_q, n, count,
+                                           PACKED)  # fmt: skip
             for run in range(gl.load(run_begin + row), gl.load(run_end + row)):
                 for pair in range(gl.load(run_start + run), gl.load(run_stop + run)):
-                    _load_pair(q_desc, dout_desc, statistics_desc, shared, batch, head, pair * PAIR, at,
-                               first_q, n, started, PACKED)  # fmt: skip
-                    started = True
+                    before, count = _load_pair(q_desc, dout_desc, statistics_desc, shared, batch, head, pair * PAIR,
+                                               before, at, first_q, n, count, PACKED)  # fmt: skip
         else:
             if BANDED:
                 for t in range(first, last - (full_to - full_from)):
                     pair = gl.where(t < full_from, t, t + full_to - full_from)
-                    _load_pair(q_desc, dout_desc, statistics_desc, shared, batch, head, pair * PAIR, at,
-                               first_q, n, started, PACKED)  # fmt: skip
-                    started = True
+                    before, count = _load_pair(q_desc, dout_desc, statistics_desc, shared, batch, head, pair * PAIR,
+                                               before, at, first_q, n, count, PACKED)  # fmt: skip
             for pair in range(full_from, full_to):
-                _load_pair(q_desc, dout_desc, statistics_desc, shared, batch, head, pair * PAIR, at,
-                           first_q, n, started, PACKED)  # fmt: skip
-                started = True
+                before, count = _load_pair(q_desc, dout_desc, statistics_desc, shared, batch, head, pair * PAIR,
+                                           before, at, first_q, n, count, PACKED)  # fmt: skip
         at += head_rows
+    PAIRS: gl.constexpr = q_pairs(D)
+    if PAIRS == 2:  # noqa: SIM102  (one is a compile-time constant, the other is not)
+        if count >= 1:
+            for u in gl.static_range(2):
+                place = tile_place(batch, before[0], before[1] + u * ROWS, first_q, n, PACKED)
+                _load_dout(dout_desc, shared, place, count - 1, u)
     # In each block the consumers compute the scores of the next: in the last those of a stale buffer, unused.
-    if started:
-        barrier_sync(Q_FREE, 384)
-    mbarrier.arrive(q_full[0], count=1)
-    if started:
-        barrier_sync(DOUT_FREE, 384)
-        barrier_sync(Q_FREE + 1, 384)
-        barrier_sync(DOUT_FREE + 1, 384)
+    turn = count % PAIRS
+    if count >= PAIRS:
+        barrier_sync(Q_FREE + 2 * turn, 384)
+    mbarrier.arrive(q_full[0].index(turn), count=1)
+    if count >= PAIRS:
+        barrier_sync(Q_FREE + 2 * turn + 1, 384)
+    if count >= 1:
+        for u in gl.static_range(2):
+            barrier_sync(DOUT_FREE + u, 384)
+            if PAIRS == 2:
+                barrier_sync(Q_FREE + 2 * (1 - turn) + u, 384)
+
+
+@gluon.jit
+def _send_dq(dq_desc, pool, zero, row, WG: gl.constexpr):
+    """Have the copy engine add the tile of dQ that lies in shared memory to the accumulator, from row `row` on."""
+    fence_async_shared()
+    tile = reinterpret(_dq_slot(pool, zero, WG), gl.float32, [16, 256], dq_desc.layout)
+    tma_reduce_add(dq_desc, [row, 0], tile)
 
 
 @gluon.jit
 def _block(
-    s, dk, dv, k, v, dq_desc, shared, phase, dq_row, behind, band, bits, scores,
+    s, dk, dv, k, v, dq_desc, shared, count, dq_row, pending, behind, band, bits, scores,
     u: gl.constexpr, WG: gl.constexpr, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     CUT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """Block u of a pair, given its scores s [64 keys, 64 rows]; returns the next block's scores, dK and dV.
+    """Block u of a pair, given its scores s [64 keys, 64 rows]; returns the next block's scores, dK and dV, and where
+    the accumulator has the rows of the dQ that is still to be sent there.
 
+    `dq_row` and `pending` are these rows of this block and of the last before it whose dQ this warpgroup computed;
     `behind` is how far the first key lies behind the first row's position, `bits` points to this warpgroup's words.
     """
     pool, statistics, _, q_full, dout_full = shared
@@ -239,22 +302,27 @@ def _block(
     OVERLAP: gl.constexpr = D == 64
     scale_log2, soft_scale, soft_log2 = scores
     zero = opaque()
-    q = _slot(pool, Q_AT + u + zero, D)
+    PAIRS: gl.constexpr = q_pairs(D)
+    turn = count % PAIRS
+    q = _slot(pool, _q_at(pool, turn, u) + zero, D)
     dout = _slot(pool, DOUT_AT + u + zero, D)
     nothing = gl.zeros([64, ROWS], gl.float32, S_LAYOUT)
 
-    mbarrier.wait(dout_full[u], phase)
+    mbarrier.wait(dout_full[u], count & 1)
     if D == 64:
         dp = warpgroup_mma(v, dout.permute([1, 0]), nothing, use_acc=False, is_async=True)
     else:
         dp = warpgroup_mma(
             _slot(pool, V_AT + WG + zero, D), dout.permute([1, 0]), nothing, use_acc=False, is_async=True
         )
+    if not OWNER:
+        _send_dq(dq_desc, pool, zero, pending, WG)
+        pending = NOWHERE
     if MASK == BITS:
         words = bits + gl.arange(0, 64, layout=KEY) * 4 + 2 * u
         low = gl.load(words)
         high = gl.load(words + 1)
-    lse = reinterpret(statistics.index(u), gl.float32, [2, ROWS], FLAT).index(0).load(COLUMN)
+    lse = reinterpret(statistics.index(2 * turn + u), gl.float32, [2, ROWS], FLAT).index(0).load(COLUMN)
     slope = 1.0
     if SOFTCAP:
         capped = tanh(s * soft_scale)
@@ -278,14 +346,19 @@ def _block(
         column = (zero + gl.arange(0, ROWS, layout=COLUMN))[None, :]
         word = gl.where(column < 32, low[:, None], high[:, None])
         x = gl.where((word >> (column & 31)) & 1 != 0, x, -float("inf"))
+    delta_s = reinterpret(statistics.index(2 * turn + u), gl.float32, [2, ROWS], FLAT).index(1)
+    if not SOFTCAP:  # which has no registers left for it here
+        delta = delta_s.load(COLUMN)
     p = gl.exp2(x)
     dv = warpgroup_mma(gl.convert_layout(p.to(dtype), LEFT_OPERAND), dout, dv, is_async=True)
-    delta = reinterpret(statistics.index(u), gl.float32, [2, ROWS], FLAT).index(1).load(COLUMN)
+    if BOTH:
+        _send_dq(dq_desc, pool, zero, pending, WG)
     if SOFTCAP:
+        delta = delta_s.load(COLUMN)
         p *= slope
     if OVERLAP and u == 1:
         dp, dk = warpgroup_mma_wait(1, deps=[dp, dk])
-        barrier_arrive(Q_FREE, 384)
+        barrier_arrive(Q_FREE + 2 * turn, 384)
     else:
         dp = warpgroup_mma_wait(1, deps=[dp])
     ds = (p * (dp - delta[None, :])).to(dtype)
@@ -308,8 +381,9 @@ def _block(
         dv = warpgroup_mma_wait(0, deps=[dv])
     barrier_arrive(DOUT_FREE + u, 384)
 
-    mbarrier.wait(q_full[1 - u], phase ^ u)
-    next_q = _slot(pool, Q_AT + 1 - u + zero, D).permute([1, 0])
+    next_turn = (count + u) % PAIRS
+    mbarrier.wait(q_full[1 - u].index(next_turn), (count + u) // PAIRS & 1)
+    next_q = _slot(pool, _q_at(pool, next_turn, 1 - u) + zero, D).permute([1, 0])
     if D == 64:
         s = warpgroup_mma(k, next_q, nothing, use_acc=False, is_async=True)
     else:
@@ -319,20 +393,18 @@ def _block(
         store_wait(0)
         dq = warpgroup_mma_wait(2, deps=[dq])
         reinterpret(_dq_slot(pool, zero, WG), gl.float32, [64, 64], register_order()).store(dq)
-        fence_async_shared()
-        tile = reinterpret(_dq_slot(pool, zero, WG), gl.float32, [16, 256], dq_desc.layout)
-        tma_reduce_add(dq_desc, [dq_row, 0], tile)
+        pending = dq_row
     if OVERLAP and u == 0:
         s = warpgroup_mma_wait(1, deps=[s])
     else:
         s, dk = warpgroup_mma_wait(0, deps=[s, dk])
-        barrier_arrive(Q_FREE + u, 384)
-    return s, dk, dv
+        barrier_arrive(Q_FREE + 2 * turn + u, 384)
+    return s, dk, dv, pending
 
 
 @gluon.jit
 def _pair(
-    s, dk, dv, k, v, dq_desc, shared, phase, row, at, position, band, bits, scores,
+    s, dk, dv, k, v, dq_desc, shared, count, row, at, pending, position, band, bits, scores,
     WG: gl.constexpr, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CUT: gl.constexpr,
     SOFTCAP: gl.constexpr,
 ):  # fmt: skip
@@ -342,9 +414,9 @@ def _pair(
     for u in gl.static_range(2):
         # 256 floats a row of the accumulator's descriptor, 4096 a tile of 64 × 64; at D = 128 one a warpgroup.
         dq_row = (at + row + ROWS * u) // (256 // D) + (16 * WG if D == 128 else 0)
-        s, dk, dv = _block(s, dk, dv, k, v, dq_desc, shared, phase, dq_row, behind, band, bits, scores,
-                           u, WG, MASK, LEFT, RIGHT, CUT, SOFTCAP)  # fmt: skip
-    return s, dk, dv
+        s, dk, dv, pending = _block(s, dk, dv, k, v, dq_desc, shared, count, dq_row, pending, behind, band, bits,
+                                    scores, u, WG, MASK, LEFT, RIGHT, CUT, SOFTCAP)  # fmt: skip
+    return s, dk, dv, pending
 
 
 @gluon.jit
@@ -372,21 +444,21 @@ def _consumer(
     v = 0
     mbarrier.wait(kv_full[0], 0)
     nothing = gl.zeros([64, ROWS], gl.float32, S_LAYOUT)
+    first_q = _slot(pool, _q_at(pool, 0, 0), D).permute([1, 0])
     if D == 64:
         k = _slot(pool, K_AT + WG, D).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
         mbarrier.wait(kv_full[1], 0)
         v = _slot(pool, V_AT + WG, D).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-        mbarrier.wait(q_full[0], 0)
-        s = warpgroup_mma(k, _slot(pool, Q_AT, D).permute([1, 0]), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(q_full[0].index(0), 0)
+        s = warpgroup_mma(k, first_q, nothing, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
     else:
-        mbarrier.wait(q_full[0], 0)
-        s = warpgroup_mma(
-            _slot(pool, K_AT + WG, D), _slot(pool, Q_AT, D).permute([1, 0]), nothing, use_acc=False, is_async=True
-        )
+        mbarrier.wait(q_full[0].index(0), 0)
+        s = warpgroup_mma(_slot(pool, K_AT + WG, D), first_q, nothing, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.wait(kv_full[1], 0)
-    phase = 0
+    count = 0
+    pending = NOWHERE
     position = tile * KEYS - offset
     for member in range(group):
         if MAP:
@@ -395,27 +467,28 @@ def _consumer(
             for part in range(gl.load(part_begin + row), gl.load(part_end + row)):
                 # 128 keys of 4 words; the transposed map's bit tiles have keys as rows.
                 bits = bits_ptr + gl.load(part_id + part).to(gl.int64) * 512 + 256 * WG
-                s, dk, dv = _pair(s, dk, dv, k, v, dq_desc, shared, phase,
-                                  gl.load(part_col + part) * PAIR, at, position, band, bits, scores,
+                s, dk, dv, pending = _pair(s, dk, dv, k, v, dq_desc, shared, count,
+                                  gl.load(part_col + part) * PAIR, at, pending, position, band, bits, scores,
                                   WG, BITS, False, False, CUT, SOFTCAP)  # fmt: skip
-                phase ^= 1
+                count += 1
             for run in range(gl.load(run_begin + row), gl.load(run_end + row)):
                 for pair in range(gl.load(run_start + run), gl.load(run_stop + run)):
-                    s, dk, dv = _pair(s, dk, dv, k, v, dq_desc, shared, phase, pair * PAIR, at,
+                    s, dk, dv, pending = _pair(s, dk, dv, k, v, dq_desc, shared, count, pair * PAIR, at, pending,
                                       position, band, 0, scores, WG, UNMASKED, False, False, CUT, SOFTCAP)  # fmt: skip
-                    phase ^= 1
+                    count += 1
         else:
             if LEFT or RIGHT:
                 for t in range(first, last - (full_to - full_from)):
                     pair = gl.where(t < full_from, t, t + full_to - full_from)
-                    s, dk, dv = _pair(s, dk, dv, k, v, dq_desc, shared, phase, pair * PAIR, at,
+                    s, dk, dv, pending = _pair(s, dk, dv, k, v, dq_desc, shared, count, pair * PAIR, at, pending,
                                       position, band, 0, scores, WG, BAND, LEFT, RIGHT, CUT, SOFTCAP)  # fmt: skip
-                    phase ^= 1
+                    count += 1
             for pair in range(full_from, full_to):
-                s, dk, dv = _pair(s, dk, dv, k, v, dq_desc, shared, phase, pair * PAIR, at, position,
+                s, dk, dv, pending = _pair(s, dk, dv, k, v, dq_desc, shared, count, pair * PAIR, at, pending, position,
                                   band, 0, scores, WG, UNMASKED, False, False, CUT, SOFTCAP)  # fmt: skip
-                phase ^= 1
+                count += 1
         at += head_rows
+    _send_dq(dq_desc, pool, 0, pending, WG)
     batch = b
     if PACKED:
         batch = 0
@@ -455,7 +528,7 @@ def attention_backward(
     CUT: the last tile may hold fewer keys.
     """
     D: gl.constexpr = q_desc.block_type.shape[-1]
-    SLOTS: gl.constexpr = 12 if D == 128 else 16
+    SLOTS: gl.constexpr = DS_AT + (4 if D == 128 else 8) + 2 * q_pairs(D)
     tile = gl.program_id(0)
     kv_head = gl.program_id(1) % kv_heads
     b = gl.program_id(1) // kv_heads
@@ -477,10 +550,10 @@ def attention_backward(
     band = (left, right)
     scores = (scale_log2, soft_scale, soft_log2)
     pool = gl.allocate_shared_memory(q_desc.dtype, [SLOTS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
-    statistics = gl.allocate_shared_memory(gl.float32, [2, 2, ROWS], statistics_desc.layout)
+    statistics = gl.allocate_shared_memory(gl.float32, [2 * q_pairs(D), 2, ROWS], statistics_desc.layout)
     # One allocation each: between two waits on parts of one allocation the compiler puts a barrier of the warpgroup.
     kv_full = (new_barrier(), new_barrier())
-    q_full = (new_barrier(), new_barrier())
+    q_full = (new_barriers(q_pairs(D)), new_barriers(q_pairs(D)))
     dout_full = (new_barrier(), new_barrier())
     shared = (pool, statistics, kv_full, q_full, dout_full)
     fence_async_shared()

@@ -28,6 +28,15 @@ def new_barrier():
     return barrier
 
 
+@gluon.jit
+def new_barriers(COUNT: gl.constexpr):
+    """Several of them in one allocation, to choose from by a number."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=1)
+    return barriers
+
+
 @constexpr_function
 def register_order():
     """A float32 tile [64, 64] in the order of a warpgroup's registers.

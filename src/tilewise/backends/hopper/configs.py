@@ -26,6 +26,8 @@ class ForwardConfig(NamedTuple):
     stages: int = 2
     q_in_registers: bool = False
     """Q as wgmma's register operand: less shared-memory traffic, and its buffer is free at once."""
+    q_buffers: int = 1
+    """Buffers of Q a consumer: with two, the next tile's rows come while this one's are read."""
     out_over_q: bool = False
     """The output leaves through Q's buffer, where shared memory is short."""
     chains: int = 2
@@ -38,19 +40,22 @@ class ForwardConfig(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of the tiles."""
-        q, kv = 64 * self.warpgroups * self.block_d, self.stages * self.block_n * (self.block_d + self.block_dv)
-        out = 0 if self.out_over_q else 64 * self.warpgroups * self.block_dv
-        return 2 * (q + kv + out)
+        rows = 64 * self.warpgroups
+        q, kv = self.q_buffers * rows * self.block_d, self.stages * self.block_n * (self.block_d + self.block_dv)
+        return 2 * (q + kv + (0 if self.out_over_q else rows * self.block_dv))
 
 
 D64_LONG = ForwardConfig(64, 64, 3, 128)
 """Three consumers of 160 registers: more warps to hide exponentials behind products, of which D = 64 has few."""
 
-D64_SHORT = ForwardConfig(64, 64, 4, 64)
+D64_SHORT = ForwardConfig(64, 64, 4, 64, stages=3, q_buffers=2)
 """Four of 112 registers hide short tiles' prologues better: N up to 2048, causal up to 4096; and packed sequences (64
 of 512, TFLOP/s: 381 full and 236 causal, against 328 and 150 with three consumers, 321 and 190 with two)."""
 
-D64_NARROW = ForwardConfig(64, 64, 2, 128)
+D64_OFFSETS = D64_SHORT._replace(q_buffers=1)
+"""The same where positions come from a tensor: its offsets and one more address do not fit into 112 registers."""
+
+D64_NARROW = ForwardConfig(64, 64, 2, 128, q_in_registers=True)
 """128 rows, which a tile map's base tiles hold whole and a window's edges waste less of: window 1024 at N = 16384 takes
 0.408 ms against 0.420 with three consumers and 0.415 with four. A map without empty tiles takes 4.91 ms, the dense
 kernel 3.94."""
@@ -68,7 +73,7 @@ D192 = ForwardConfig(256, 128, 2, 64, chains=0)
 D256 = ForwardConfig(256, 256, 2, 64, out_over_q=True, chains=0)
 """What fits: 192 KiB of tiles, accumulators of 128 registers. block_n = 128 spills."""
 
-SELECTABLE = (D64_LONG, D64_SHORT, D64_NARROW, D128, D128_HELD, D192, D256)
+SELECTABLE = (D64_LONG, D64_SHORT, D64_OFFSETS, D64_NARROW, D128, D128_HELD, D192, D256)
 """Every configuration that `forward_config` may choose."""
 
 
@@ -87,9 +92,10 @@ def forward_config(spec: AttentionSpec) -> ForwardConfig:
         if spec.mask is not None or (window and not spec.packed):
             return D64_NARROW
         short = spec.q_len <= 2048 or (right is not None and spec.q_len <= 4096)
-        return D64_SHORT if spec.packed or short else D64_LONG
+        if not (spec.packed or short):
+            return D64_LONG
+        return D64_OFFSETS if spec.q_offset == "tensor" else D64_SHORT
     if blocks == (128, 128):
-        full = (left, right) == (None, None) and spec.mask is None
-        held = not spec.packed and (window or (full and spec.q_len > 2048))
+        held = spec.mask is None and not spec.packed and (window or right is None or spec.q_len <= 2048)
         return D128_HELD if held else D128
     return D192 if blocks == (256, 128) else D256

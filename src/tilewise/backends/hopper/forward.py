@@ -7,7 +7,7 @@ warpgroups of 64 query rows each multiply (wgmma) and do the softmax.
 Tile ownership: a consumer owns 64 query rows of one head from first key to last; the consumers of a CTA own
 neighbouring rows and share every K and V tile. In registers: S (64 × block_n, float32), P as the left operand of P·V,
 the output accumulator (64 × Dv, float32), row maxima and thread-local row sums. In shared memory: one Q buffer a
-consumer, STAGES K and V tiles each, and an output buffer (Q's own where head dims are wide).
+consumer or two, STAGES K and V tiles each, and an output buffer (Q's own where head dims are wide).
 
 Order of a consumer's pipeline, the heart of it: S_{j+1} = Q·K_{j+1}ᵀ is issued, then O += P_j·V_j, then it waits for
 S_{j+1} alone and does its exponentials while the tensor cores still work on P_j·V_j (FlashAttention-3, Shah et al.
@@ -84,9 +84,9 @@ class Call:
     one head, `tiles` those of all; `key_blocks` and `full_blocks` the blocks of K with and without a cut last one; row
     i sees keys i + left … i + right, and the `map_…` are the map's batch, heads and row tiles.
 
-    Shared memory: a buffer of Q and of the output for each consumer, the rings of K and V. `…_full` is an mbarrier on
-    which the copy engine counts its bytes, `…_free` one on which consumers say that they are done; `tile_s` is
-    what the consumers are told of tiles. Compile-time options are in capitals.
+    Shared memory: buffers of Q and one of the output for each consumer, the rings of K and V. `…_full` is an mbarrier
+    on which the copy engine counts its bytes, `…_free` one on which consumers say that they are done; `tile_s` is what
+    the consumers are told of tiles. Compile-time options are in capitals.
     """
 
     q_desc: tensor_descriptor
@@ -151,6 +151,7 @@ class Call:
     SOFTCAP: gl.constexpr
     SINK: gl.constexpr
     Q_IN_REGISTERS: gl.constexpr
+    Q_BUFFERS: gl.constexpr
     OUT_OVER_Q: gl.constexpr
     CHAINS: gl.constexpr
 
@@ -181,14 +182,21 @@ def _load_values(call, of_keys, key, stage, loaded):
 
 
 @gluon.jit
+def _row_buffer(call, count, w: gl.constexpr):
+    """Which buffer of Q holds the rows of warpgroup w of a CTA's tile `count`."""
+    return count % call.Q_BUFFERS * call.WARPGROUPS + w
+
+
+@gluon.jit
 def _load_rows(call, of_rows, row, count):
     """Move the Q tiles of a CTA's tile `count`, which begins at row `row`."""
     batch, head, first_q, n = of_rows
     for w in gl.static_range(call.WARPGROUPS):
-        mbarrier.wait(call.q_free.index(w), (count & 1) ^ 1)
-        mbarrier.expect(call.q_full.index(w), 64 * call.D * 2)
+        at = _row_buffer(call, count, w)
+        mbarrier.wait(call.q_free.index(at), (count // call.Q_BUFFERS & 1) ^ 1)
+        mbarrier.expect(call.q_full.index(at), 64 * call.D * 2)
         place = tile_place(batch, head, row + 64 * w, first_q, n, call.PACKED)
-        tma_load(call.q_desc, place, call.q_full.index(w), call.q_s.index(w))
+        tma_load(call.q_desc, place, call.q_full.index(at), call.q_s.index(at))
 
 
 @gluon.jit
@@ -429,14 +437,15 @@ def _consumer(call, W: gl.constexpr):
                     stage, phase = next_stage(stage, phase, call.STAGES)
             key = block_at(call, skipped, first, full_from, full_to, last) * BLOCK_N
 
-        mbarrier.wait(call.q_full.index(W), count & 1)
-        q = call.q_s.index(W).reshape([64, call.D])
+        q_at = _row_buffer(call, count, W)
+        mbarrier.wait(call.q_full.index(q_at), count // call.Q_BUFFERS & 1)
+        q = call.q_s.index(q_at).reshape([64, call.D])
         if call.Q_IN_REGISTERS:
             q = q.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
             # An arrival does not wait for loads, and the next tile's copy may overtake them: past the end it is of
             # zeros, which nobody has to fetch.
             fence_async_shared()
-            mbarrier.arrive(call.q_free.index(W), count=1)
+            mbarrier.arrive(call.q_free.index(q_at), count=1)
 
         # The first block has no P·V to go with.
         mbarrier.wait(call.k_full.index(stage), phase)
@@ -482,7 +491,7 @@ def _consumer(call, W: gl.constexpr):
             start = tile_start + 64 * W
             rows = start + gl.arange(0, 64, layout=S_ROWS)
         if not call.OUT_OVER_Q and not call.Q_IN_REGISTERS:
-            mbarrier.arrive(call.q_free.index(W), count=1)
+            mbarrier.arrive(call.q_free.index(q_at), count=1)
         mbarrier.wait(call.v_full.index(stage), phase)
         acc_issued = warpgroup_mma(p, call.v_s.index(stage).reshape([BLOCK_N, call.DV]), acc, is_async=True)
         total_row = gl.convert_layout(gl.sum(total, 1), S_ROWS)
@@ -513,7 +522,7 @@ def _consumer(call, W: gl.constexpr):
         tma_store(call.out_desc, tile_place(batch, h, start, first_q, n, call.PACKED), out_s)
         if call.OUT_OVER_Q:
             store_wait(0)
-            mbarrier.arrive(call.q_free.index(W), count=1)
+            mbarrier.arrive(call.q_free.index(q_at), count=1)
         count += 1
     store_wait(0)
 
@@ -530,13 +539,14 @@ def attention_forward(
     WARPGROUPS: gl.constexpr, REGISTERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     ORDER: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, ALIGNED: gl.constexpr, OFFSET: gl.constexpr,
     PACKED: gl.constexpr, MAP: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OUT_OVER_Q: gl.constexpr, CHAINS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, Q_BUFFERS: gl.constexpr, OUT_OVER_Q: gl.constexpr,
+    CHAINS: gl.constexpr,
 ):  # fmt: skip
     """out [B, H, N, Dv] and lse [B, H, N]; launch.py says what each argument is."""
     dtype: gl.constexpr = q_desc.dtype
     D: gl.constexpr = q_desc.block_type.shape[-1]
     DV: gl.constexpr = v_desc.block_type.shape[-1]
-    q_s = gl.allocate_shared_memory(dtype, [WARPGROUPS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
+    q_s = gl.allocate_shared_memory(dtype, [Q_BUFFERS * WARPGROUPS] + q_desc.block_type.shape, q_desc.layout)  # noqa: RUF005
     k_s = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)  # noqa: RUF005
     v_s = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)  # noqa: RUF005
     if OUT_OVER_Q:
@@ -544,16 +554,16 @@ def attention_forward(
     else:
         out_s = gl.allocate_shared_memory(dtype, [WARPGROUPS] + out_desc.block_type.shape, out_desc.layout)  # noqa: RUF005
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * WARPGROUPS, 1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * WARPGROUPS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     tile_s = gl.allocate_shared_memory(gl.int32, [SLOTS * FACTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    tile_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    for s in gl.static_range(2):
+    for s in gl.static_range(SLOTS):
         mbarrier.init(tile_full.index(s), count=1)
-    for w in gl.static_range(WARPGROUPS):
+    for w in gl.static_range(Q_BUFFERS * WARPGROUPS):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_free.index(w), count=1)
     for s in gl.static_range(STAGES):
@@ -566,35 +576,20 @@ def attention_forward(
         k_len, q_rows, row_tiles, tiles, programs, key_blocks, full_blocks, left, right, map_batch, map_heads,
         map_tiles, scale_log2, softcap_in, q_s, k_s, v_s, out_s, q_full, q_free, k_full, v_full, tile_s, tile_full,
         LINE, WARPGROUPS, BLOCK_N, D, DV, STAGES, ORDER, LEFT, RIGHT, ALIGNED, OFFSET, PACKED, MAP,
-        SOFTCAP, SINK, Q_IN_REGISTERS, OUT_OVER_Q, CHAINS,
+        SOFTCAP, SINK, Q_IN_REGISTERS, Q_BUFFERS, OUT_OVER_Q, CHAINS,
     )  # fmt: skip
     # Partitions are written out because a list of them must be a literal.
     if WARPGROUPS == 2:
-        gl.warp_specialize(
-            [(_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1)))],
-            [4, 4],
-            [REGISTERS, REGISTERS],
-        )
+        gl.warp_specialize([
+            (_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1))),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
     elif WARPGROUPS == 3:
-        gl.warp_specialize(
-            [
-                (_producer, (call,)),
-                (_consumer, (call, gl.constexpr(0))),
-                (_consumer, (call, gl.constexpr(1))),
-                (_consumer, (call, gl.constexpr(2))),
-            ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS],
-        )
+        gl.warp_specialize([
+            (_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1))),
+            (_consumer, (call, gl.constexpr(2))),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
     else:
-        gl.warp_specialize(
-            [
-                (_producer, (call,)),
-                (_consumer, (call, gl.constexpr(0))),
-                (_consumer, (call, gl.constexpr(1))),
-                (_consumer, (call, gl.constexpr(2))),
-                (_consumer, (call, gl.constexpr(3))),
-            ],
-            [4, 4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
-        )
+        gl.warp_specialize([
+            (_producer, (call,)), (_consumer, (call, gl.constexpr(0))), (_consumer, (call, gl.constexpr(1))),
+            (_consumer, (call, gl.constexpr(2))), (_consumer, (call, gl.constexpr(3))),
+        ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])  # fmt: skip

@@ -87,6 +87,7 @@ def plan(spec: AttentionSpec, config: ForwardConfig | None = None) -> ForwardPla
         spec.softcap is not None,
         spec.sink,
         config.q_in_registers,
+        config.q_buffers,
         config.out_over_q,
         config.chains,
     )

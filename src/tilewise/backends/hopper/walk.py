@@ -185,11 +185,11 @@ def claim_tile(call, count, ticket):
                 facts = (told, start, first_q, offset, n, m, first_k)
             else:
                 facts = (told, start, batch, offset, 0, 0, 0)
-        # Slot and barrier are free: rows of tile count − 1 have been asked for, so every consumer has begun tile
-        # count − 2 and waits for no fact of it.
+        # Slot and barrier are free: rows of tile count − 1 have been asked for, so their buffers of Q, of which there
+        # are two at most, are free, and every consumer is done with the facts of tile count − 4.
         for i in gl.static_range(7 if call.MAP or call.PACKED else 4):
             call.tile_s.index(_place(count, i)).store(gl.full([1], facts[i], gl.int32, call.LINE))
-        mbarrier.arrive(call.tile_full.index(count & 1), count=1)
+        mbarrier.arrive(call.tile_full.index(count & (SLOTS - 1)), count=1)
     return tile
 
 
@@ -237,7 +237,7 @@ def tile_facts(call, count):
 def await_tile(call, count):
     """Wait for what a consumer is told of its tile `count`; negative behind the last."""
     if is_told(call.ORDER, call.D):
-        mbarrier.wait(call.tile_full.index(count & 1), count >> 1 & 1)
+        mbarrier.wait(call.tile_full.index(count & (SLOTS - 1)), count // SLOTS & 1)
         tile = _fact(call, count, 0)
     else:
         tile = placed_tile(call, count)
