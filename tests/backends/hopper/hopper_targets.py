@@ -50,10 +50,10 @@ FORWARD_SPILLS = {("D128", "map", "both"): 8, ("D128", "map", "cap"): 8}
 
 BACKWARD_SPILLS = {
     64: {"full": (0, 16), "tail": (0, 16), "causal": (16, 16), "shifted": (16, 16), "offsets": (24, 40),
-         "window": (16, 24), "left": (16, 16), "map": (24, 40), "packed": (0, 0), "packed-causal": (56, 56),
+         "window": (16, 24), "left": (16, 24), "map": (32, 40), "packed": (0, 0), "packed-causal": (56, 56),
          "packed-window": (0, 8)},
     128: {"full": (32, 48), "tail": (32, 48), "causal": (72, 80), "shifted": (72, 80), "offsets": (80, 80),
-          "window": (72, 80), "left": (72, 64), "map": (152, 256), "packed": (40, 48), "packed-causal": (88, 88),
+          "window": (72, 80), "left": (72, 64), "map": (152, 256), "packed": (40, 48), "packed-causal": (96, 88),
           "packed-window": (88, 96)},
 }  # fmt: skip
 """Bytes of stack a thread without and with a soft cap, the most of Triton 3.6.0 and 3.7.1. The loop over fully visible

@@ -9,11 +9,14 @@ the left operands of dV += Pᵀ·dO and dK += dSᵀ·Q. Per block j the tensor c
 
 dQ_j = dS·K needs both warpgroups' halves of dS, which meet in shared memory. At D = 128 each warpgroup computes half of
 its columns; at D = 64 they take turns, so that the other one only arrives at the barrier and runs on. dQ is added to a
-float32 accumulator by the copy engine, in the order of the tensor core's registers (conversion.py undoes that).
+float32 accumulator by the copy engine, in the order of the tensor core's registers (conversion.py undoes that). The
+copy engine is told in the next block: until the stores have reached shared memory, which the products keep busy, the
+fence before that would wait.
 
-Two blocks ("a pair", 128 rows, one tile of a tile map) make one turn of the loop, so that every shared-memory address
-is a constant. All of shared memory is one pool, and `opaque` is a zero that the compiler cannot see through: without
-these two, descriptors of every buffer become loop invariants in registers and are spilled.
+Two blocks ("a pair", 128 rows, one tile of a tile map) make one turn of the loop, so that shared-memory addresses are
+constants (but Q's at D = 64, which has buffers for two pairs). All of shared memory is one pool, and `opaque` is a zero
+that the compiler cannot see through: without these two, descriptors of every buffer become loop invariants in registers
+and are spilled.
 
 P and dS recomputed from the LSE: Dao 2023 (FlashAttention-2). Producer and consumers, dQ added by the copy engine: Shah
 et al. 2024 (FlashAttention-3).

@@ -48,24 +48,25 @@ class ForwardConfig(NamedTuple):
 D64_LONG = ForwardConfig(64, 64, 3, 128)
 """Three consumers of 160 registers: more warps to hide exponentials behind products, of which D = 64 has few."""
 
-D64_SHORT = ForwardConfig(64, 64, 4, 64, stages=3, q_buffers=2)
+D64_SHORT = ForwardConfig(64, 64, 4, 64, stages=3)
 """Four of 112 registers hide short tiles' prologues better: N up to 2048, causal up to 4096; and packed sequences (64
-of 512, TFLOP/s: 381 full and 236 causal, against 328 and 150 with three consumers, 321 and 190 with two)."""
+of 512, TFLOP/s: 381 full and 236 causal, against 328 and 150 with three consumers, 321 and 190 with two). Three stages
+for two: N = 512 and packed sequences up to +4 %, N = 2048 without a causal rule −1 %."""
 
-D64_OFFSETS = D64_SHORT._replace(q_buffers=1)
-"""The same where positions come from a tensor: its offsets and one more address do not fit into 112 registers."""
+D64_AHEAD = D64_SHORT._replace(q_buffers=2)
+"""The same with the next tile's rows fetched ahead: N = 512 401 → 418 full and 265 → 284 causal, from N = 1024 on
+nothing. Packed sequences, a soft cap and positions from a tensor leave none of 112 registers for one more address."""
 
 D64_NARROW = ForwardConfig(64, 64, 2, 128, q_in_registers=True)
 """128 rows, which a tile map's base tiles hold whole and a window's edges waste less of: window 1024 at N = 16384 takes
-0.408 ms against 0.420 with three consumers and 0.415 with four. A map without empty tiles takes 4.91 ms, the dense
-kernel 3.94."""
+0.408 ms against 0.420 with three consumers and 0.415 with four, Q in shared memory. Q in registers: maps 2 % faster."""
 
 D128 = ForwardConfig(128, 128, 2, 128)
 """Two consumers of 240 registers. Three lose 3 to 5 %, block_n = 64 loses 9 to 17 %."""
 
 D128_HELD = D128._replace(q_in_registers=True)
-"""Less shared-memory traffic: +1 % for N > 2048 without a causal rule (none with one); window 1024 at N = 16384 takes
-0.275 ms against 0.285."""
+"""Less shared-memory traffic: +1 % without a causal rule; up to N = 2048 also with one, as Q's buffer is free at once
+(N = 512 325 → 334, 1024 461 → 468, 2048 555 → 564 TFLOP/s); window 1024 at N = 16384 takes 0.275 ms against 0.285."""
 
 D192 = ForwardConfig(256, 128, 2, 64, chains=0)
 """D of 136 to 256 with Dv of 72 to 128, as in the expanded form of latent attention. Not measured against others."""
@@ -73,7 +74,7 @@ D192 = ForwardConfig(256, 128, 2, 64, chains=0)
 D256 = ForwardConfig(256, 256, 2, 64, out_over_q=True, chains=0)
 """What fits: 192 KiB of tiles, accumulators of 128 registers. block_n = 128 spills."""
 
-SELECTABLE = (D64_LONG, D64_SHORT, D64_OFFSETS, D64_NARROW, D128, D128_HELD, D192, D256)
+SELECTABLE = (D64_LONG, D64_SHORT, D64_AHEAD, D64_NARROW, D128, D128_HELD, D192, D256)
 """Every configuration that `forward_config` may choose."""
 
 
@@ -94,7 +95,8 @@ def forward_config(spec: AttentionSpec) -> ForwardConfig:
         short = spec.q_len <= 2048 or (right is not None and spec.q_len <= 4096)
         if not (spec.packed or short):
             return D64_LONG
-        return D64_OFFSETS if spec.q_offset == "tensor" else D64_SHORT
+        crowded = spec.packed or spec.softcap is not None or spec.q_offset == "tensor"
+        return D64_SHORT if crowded else D64_AHEAD
     if blocks == (128, 128):
         held = spec.mask is None and not spec.packed and (window or right is None or spec.q_len <= 2048)
         return D128_HELD if held else D128
