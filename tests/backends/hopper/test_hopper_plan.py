@@ -96,6 +96,9 @@ def test_auto_takes_a_faster_one_and_says_so(change: dict[str, Any], words: str)
 def test_tiles_fit_into_shared_memory() -> None:
     assert all(config.shared_bytes <= 227 << 10 for config in SELECTABLE)
     assert {config.stages for config in SELECTABLE} <= {2, 3}, "hardware barriers 6 to 15 hold three stages"
+    assert {config.q_buffers for config in SELECTABLE} == {1, 2}, "claim_tile relies on it"
+    assert not any(config.out_over_q for config in SELECTABLE if config.q_buffers == 2), "it would be stored elsewhere"
+    assert len({str(config) for config in SELECTABLE if config.block_d == 64}) == 4, "who compiles ahead tells by this"
     for dims in ((8, 8), (72, 64), (64, 72), (192, 128), (136, 128), (128, 256), (256, 256)):
         config = forward_config(replace(SPEC, head_dim=dims[0], v_head_dim=dims[1]))
         assert config.block_d >= dims[0]

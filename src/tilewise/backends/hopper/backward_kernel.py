@@ -256,7 +256,7 @@ def _producer(
             for u in gl.static_range(2):
                 place = tile_place(batch, before[0], before[1] + u * ROWS, first_q, n, PACKED)
                 _load_dout(dout_desc, shared, place, count - 1, u)
-    # In each block the consumers compute the scores of the next: in the last those of a stale buffer, unused.
+    # In each block the consumers compute the scores of the next: in the last those of what lies there, unused.
     turn = count % PAIRS
     if count >= PAIRS:
         barrier_sync(Q_FREE + 2 * turn, 384)
@@ -272,7 +272,11 @@ def _producer(
 
 @gluon.jit
 def _send_dq(dq_desc, pool, zero, row, WG: gl.constexpr):
-    """Have the copy engine add the tile of dQ that lies in shared memory to the accumulator, from row `row` on."""
+    """Have the copy engine add the tile of dQ that lies in shared memory to the accumulator, from row `row` on.
+
+    The compiler puts the warpgroup's barrier between the stores and this, before the fence or behind it: what counts is
+    that the thread which asks the copy engine has passed both.
+    """
     fence_async_shared()
     tile = reinterpret(_dq_slot(pool, zero, WG), gl.float32, [16, 256], dq_desc.layout)
     tma_reduce_add(dq_desc, [row, 0], tile)
@@ -287,7 +291,7 @@ def _block(
     """Block u of a pair, given its scores s [64 keys, 64 rows]; returns the next block's scores, dK and dV, and where
     the accumulator has the rows of the dQ that is still to be sent there.
 
-    `dq_row` and `pending` are these rows of this block and of the last before it whose dQ this warpgroup computed;
+    `dq_row` and `pending` are these rows of this block and of the tile that is stored and not sent, or NOWHERE;
     `behind` is how far the first key lies behind the first row's position, `bits` points to this warpgroup's words.
     """
     pool, statistics, _, q_full, dout_full = shared

@@ -27,14 +27,14 @@ class ForwardConfig(NamedTuple):
     q_in_registers: bool = False
     """Q as wgmma's register operand: less shared-memory traffic, and its buffer is free at once."""
     q_buffers: int = 1
-    """Buffers of Q a consumer: with two, the next tile's rows come while this one's are read."""
+    """Buffers of Q a consumer, 1 or 2: with two, the next tile's rows come while this one's are read."""
     out_over_q: bool = False
     """The output leaves through Q's buffer, where shared memory is short."""
     chains: int = 2
     """Independent chains of comparisons in a row maximum; 0 for the compiler's own."""
 
     def __str__(self) -> str:
-        held = ", Q in registers" if self.q_in_registers else ""
+        held = ", Q in registers" if self.q_in_registers else ", two buffers of Q" if self.q_buffers == 2 else ""
         return f"{64 * self.warpgroups}×{self.block_n}, {self.warpgroups} consumers, {self.stages} stages{held}"
 
     @property

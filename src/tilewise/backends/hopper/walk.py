@@ -186,7 +186,7 @@ def claim_tile(call, count, ticket):
             else:
                 facts = (told, start, batch, offset, 0, 0, 0)
         # Slot and barrier are free: rows of tile count − 1 have been asked for, so their buffers of Q, of which there
-        # are two at most, are free, and every consumer is done with the facts of tile count − 4.
+        # are two at most, had been handed back, and every consumer is done with the facts of tile count − 4.
         for i in gl.static_range(7 if call.MAP or call.PACKED else 4):
             call.tile_s.index(_place(count, i)).store(gl.full([1], facts[i], gl.int32, call.LINE))
         mbarrier.arrive(call.tile_full.index(count & (SLOTS - 1)), count=1)
