@@ -1,7 +1,7 @@
 """Launch shapes as data: which configuration of the forward kernel runs for which head dim and kind of problem.
 
 Nothing is tuned at run time. A row gives the consumer warpgroups of 64 query rows, keys a block, stages, and how
-operands are held; `REGISTERS` follows from the warpgroups. Measured 2026-11-20 and 21 on an H200 (torch 2.11.0, Triton
+operands are held; `REGISTERS` follows from the warpgroups. Measured 2026-11-20 to 22 on H200s (torch 2.11.0, Triton
 3.6.0, bf16, B·N = 16384, H·D = 2048, medians of interleaved runs). Under Triton 3.6 and 3.7 none spills in its loops.
 """
 
@@ -51,7 +51,7 @@ D64_LONG = ForwardConfig(64, 64, 3, 128)
 D64_SHORT = ForwardConfig(64, 64, 4, 64, stages=3)
 """Four of 112 registers hide short tiles' prologues better: N up to 2048, causal up to 4096; and packed sequences (64
 of 512, TFLOP/s: 381 full and 236 causal, against 328 and 150 with three consumers, 321 and 190 with two). Three stages
-for two: N = 512 and packed sequences up to +4 %, N = 2048 without a causal rule −1 %."""
+for two: N = 512 and packed sequences up to +5 %, N = 2048 without a causal rule 0 to −1 %."""
 
 D64_AHEAD = D64_SHORT._replace(q_buffers=2)
 """The same with the next tile's rows fetched ahead: N = 512 401 → 418 full and 265 → 284 causal, from N = 1024 on
